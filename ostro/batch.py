@@ -1,0 +1,45 @@
+"""Rows of the loader as one micro-batch of flat tokens on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ostro.data.loader import Row
+from ostro.model.spans import Spans, spans_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """tokens_T and labels_T (int64), weights_T (fp32: how much each label counts), and what the tokens are."""
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    weights_T: Tensor
+    spans: Spans
+
+
+def batch_of(
+    rows: Sequence[Row], device: torch.device, *, balance_scale: float = 0.0, stats_LS: Tensor | None = None
+) -> Batch:
+    """Lay rows one after another; each is a sequence, made of its documents."""
+
+    def tensor(arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+    return Batch(
+        tokens_T=tensor([row.tokens_L for row in rows]),
+        labels_T=tensor([row.labels_L for row in rows]),
+        weights_T=tensor([row.weights_L for row in rows]),
+        spans=spans_of(
+            [n for row in rows for n in row.document_lengths],
+            [len(row.tokens_L) for row in rows],
+            balance_scale=balance_scale,
+            stats_LS=stats_LS,
+            device=device,
+        ),
+    )

@@ -1,0 +1,317 @@
+"""The verbs. Each imports what it needs when it runs, so that `ostro --help` is instant.
+
+Errors of ours are printed as one sentence and end with their exit code (errors.py); `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ostro.serve.engine import Completion
+
+app = typer.Typer(
+    name="ostro",
+    help="Mixtral from text to a served model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="List and copy the shipped recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or a run directory.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="v1, v3, a .model, a tokenizer.json, or a folder.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, bf16 or fp32.")]
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where everything is written.")] = Path("runs/demo"),
+) -> None:
+    """Run the main job end to end on the Python standard library's own text; nothing is downloaded."""
+    from ostro.demo import demo as run_demo
+
+    run_demo(directory)
+
+
+@app.command()
+def doctor() -> None:
+    """Check what this machine has: pass, warn or fail."""
+    from ostro import doctor as doctors
+
+    checks = doctors.doctor()
+    doctors.render(checks)
+    raise typer.Exit(doctors.exit_status(checks))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the recipes and the model presets."""
+    from ostro import config
+
+    typer.echo("recipes: " + ", ".join(config.recipe_names()))
+    typer.echo("models:  " + ", ".join(config.preset_names()))
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: str, file: Path) -> None:
+    """Copy a recipe to FILE, to be changed."""
+    from ostro import config
+    from ostro.errors import ConfigError
+
+    source = config.recipe_path(name)
+    if file.exists():
+        raise ConfigError(f"{file} exists: choose another name.")
+    file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(f"wrote {file}")
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, or quoted globs.")],
+    out: Annotated[Path, typer.Option(help="The folder of token shards to write.")],
+    kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    tokenizer: TokenizerOption = "v1",
+) -> None:
+    """Turn text into token shards."""
+    import time
+
+    from ostro.data import shards
+    from ostro.data.tokenizer import load_tokenizer
+
+    start = time.perf_counter()
+    manifest = shards.prepare(sources, out, tokenizer=load_tokenizer(tokenizer or "v1"), kind=kind)
+    seconds = time.perf_counter() - start
+    typer.echo(
+        f"{out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens of {manifest.num_bytes:,} bytes, "
+        f"{manifest.num_tokens / seconds:,.0f} tokens/s"
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    resume: Annotated[bool, typer.Option("--resume", help="There must be a checkpoint to resume from.")] = False,
+) -> None:
+    """Train: RECIPE, then any number of overrides (a.b=c or --a.b c)."""
+    from ostro.config import load_config
+    from ostro.train import train as run_train
+
+    overrides = list(context.args) + (["checkpoint.resume=must"] if resume else [])
+    outcome = run_train(load_config(recipe, overrides))
+    if outcome.signal is not None:
+        typer.echo(f"stopped at step {outcome.step}; the same command goes on from there.")
+        raise typer.Exit(128 + outcome.signal)
+    _say_trained(outcome)
+
+
+def _say_trained(outcome: Any) -> None:
+    from ostro import device
+
+    peak = device.peak_memory_bytes(device.accelerator())
+    last = outcome.last
+    if last:
+        typer.echo(
+            f"step {outcome.step}: loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s, "
+            f"{last['mfu']:.0%} of the machine's rate, {peak / 1e9:.1f} GB at most"
+        )
+    typer.echo(f'next: ostro evaluate {outcome.run_dir} DATA   ostro generate {outcome.run_dir} "PROMPT"')
+    typer.echo(f"      ostro convert {outcome.run_dir} DIR --to hf")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[list[str], typer.Argument(help="Prepared data, or text.")],
+    seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
+    kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Print loss, perplexity, bits per byte and expert load."""
+    import tempfile
+
+    from ostro.data import shards
+    from ostro.evaluate import evaluate as run_evaluate
+    from ostro.serve.engine import load_model, tokenizer_of
+    from ostro.train import check_data
+
+    loaded = load_model(model, dtype)
+    words = tokenizer_of(model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = [path for path in data if not shards.is_prepared(path)]
+        folders = [Path(path) for path in data if shards.is_prepared(path)]
+        if raw:
+            shards.prepare(raw, Path(folder) / "data", tokenizer=words, kind=kind)
+            folders.append(Path(folder) / "data")
+        opened = [shards.open_shards(path) for path in folders]
+        for path, one in zip(folders, opened, strict=True):
+            check_data(path, one, words, loaded.config)
+        result = run_evaluate(loaded, opened, min(seq_length, loaded.config.max_position_embeddings))
+    typer.echo(
+        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}  "
+        f"({result.num_tokens:,} tokens, {result.num_bytes:,} bytes, {result.seconds:.1f} s)"
+    )
+    for layer, loads in enumerate(result.expert_load):
+        typer.echo(f"layer {layer:>2} expert load  " + "  ".join(f"{load:5.1%}" for load in loads))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint of any format, or a run directory.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="hf or dcp.")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the source's unless given.")] = None,
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Write a checkpoint in another format."""
+    from ostro import weights
+    from ostro.serve.engine import tokenizer_of, torch_dtype
+
+    reader = weights.open_reader(source)
+    settings = {"tokenizer": tokenizer_of(source, tokenizer).save} if to == "hf" else {}
+    weights.convert(reader, target, to=to, dtype=torch_dtype(dtype) if dtype else None, **settings)
+    typer.echo(f"wrote {target}")
+
+
+@app.command()
+def verify(a: Model, b: Model) -> None:
+    """Compare two checkpoints tensor by tensor, then their logits on a fixed input; exit 5 if they differ."""
+    from ostro.errors import WeightsError
+    from ostro.verify import verify as run_verify
+
+    result = run_verify(a, b)
+    for row in result.differences:
+        typer.echo(
+            f"{row.kind:<62} {row.num_tensors:>4}  "
+            + (
+                "equal"
+                if row.equal_bits
+                else f"differs by {row.max_absolute:.3g} ({row.max_relative:.2g} of the largest)"
+            )
+        )
+    typer.echo(f"logits differ by {result.logits:.3g}")
+    if not result.is_equal:
+        raise WeightsError(f"{a} and {b} do not hold the same values.")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to complete.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
+    max_new_tokens: int = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Complete prompts; one alone is streamed."""
+    from ostro.errors import RequestError
+    from ostro.serve.engine import Engine, load_model, tokenizer_of
+    from ostro.serve.sampling import Sampling
+
+    texts = list(prompts or []) + (_read_prompts(prompts_file) if prompts_file else [])
+    if not texts:
+        raise RequestError("there is no prompt: give one or more, or --prompts FILE.")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    engine = Engine(load_model(model, dtype), tokenizer_of(model, tokenizer))
+    if len(texts) == 1 and out is None:
+        sys.stdout.write(texts[0])
+        engine.generate(texts, sampling, on_text=lambda _, text: print(text, end="", flush=True))
+        sys.stdout.write("\n")
+        return
+    _write_completions(engine.generate(texts, sampling), out)
+
+
+def _read_prompts(file: Path) -> list[str]:
+    from ostro.errors import DataError
+
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}.") from None
+
+
+def _write_completions(completions: list[Completion], out: Path | None) -> None:
+    import json
+
+    if out is None:
+        typer.echo("\n\n".join(f"{c.prompt}{c.text}" for c in completions))
+        return
+    rows = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
+    beside = out.with_name(out.name + ".partial")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(out)
+    typer.echo(f"wrote {len(rows)} completions to {out}")
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+) -> None:
+    """Mixtral from text to a served model."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    from ostro.errors import Error, OutOfMemory
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = app(args=arguments, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except Error as error:
+        if "--debug" in arguments:
+            raise
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130)
+    except MemoryError:
+        return _fail("this machine's memory is not enough.", OutOfMemory.exit_code)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        return _foreign(error)
+
+
+def _foreign(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.Abort):
+        return _fail("interrupted.", 130)
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    if "out of memory" in str(error).lower():
+        return _fail(f"the device's memory is not enough: {error}", 4)
+    return _fail(f"{type(error).__name__}: {error} (a bug of Ostro's; --debug shows where)", 1)
+
+
+def _fail(sentence: str, exit_code: int) -> int:
+    import rich.console
+    import rich.text
+
+    console = rich.console.Console(stderr=True, soft_wrap=True)
+    console.print(rich.text.Text("ostro: ", style="bold red") + rich.text.Text(sentence))
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

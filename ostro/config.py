@@ -1,0 +1,383 @@
+"""Every setting of a run: frozen pydantic models, read from YAML and dotted overrides.
+
+A recipe is a YAML file with the sections below; everything has a default. `a.b=c`, `--a.b c` and `--a.b=c` override
+it. The model's settings have Hugging Face's names. A key nobody knows is refused with the nearest name and its line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ostro.errors import ConfigError, nearest
+from ostro.model.settings import ModelConfig, MoeConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+PRESETS = RECIPES / "models"
+
+
+class Section(BaseModel):
+    """A section of the config: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Weights(Section):
+    """Where training starts from: `path` is a checkpoint of any format or a run; null draws random weights."""
+
+    path: str | None = None
+
+
+class Data(Section):
+    """What is trained on: prepared token shards, or raw text that is prepared first and cached."""
+
+    path: tuple[str, ...] = ()
+    kind: str = "auto"
+    seq_length: int = Field(default=4096, ge=2)
+    packing: Literal["concat"] = "concat"
+    tokenizer: str = "v1"
+    eval_path: tuple[str, ...] = ()
+    shuffle: bool = True
+
+    @field_validator("path", "eval_path", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else value
+
+
+class Train(Section):
+    """How long and how: `steps` −1 means `epochs` over the data. Batches are counted in sequences."""
+
+    steps: int = Field(default=-1, ge=-1)
+    epochs: float = Field(default=1.0, gt=0)
+    global_batch_sequences: int = Field(default=32, ge=1)
+    micro_batch_sequences: int = Field(default=1, ge=1)
+    dtype: Literal["auto", "bf16", "fp32"] = "bf16"
+    master_dtype: Literal["fp32"] = "fp32"
+    seed: int = Field(default=0, ge=0)
+    recompute: Literal["none"] = "none"
+    compile: Literal[False] = False
+    eval_every: int = Field(default=0, ge=0)
+
+
+class Optim(Section):
+    """AdamW and its schedule; weight decay touches matrices only."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-5, ge=0)
+    min_learning_rate: float = Field(default=1e-6, ge=0)
+    schedule: Literal["cosine", "cosine_mindformers", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class Moe(Section):
+    """How the router is trained; the units are `model.settings.MoeConfig`'s."""
+
+    router: Literal["softmax"] = "softmax"
+    capacity_factor: None = None
+    balance: Literal["sequence", "hf"] = "sequence"
+    router_aux_loss_coef: float = Field(default=0.02, ge=0)
+    z_loss_coef: float = Field(default=0.0, ge=0)
+
+    def settings(self) -> MoeConfig:
+        """Return what the model is built with."""
+        return MoeConfig(self.router, self.balance, self.router_aux_loss_coef, self.z_loss_coef)
+
+
+class Parallel(Section):
+    """Degrees of parallelism; this version trains in one process, so every degree is 1."""
+
+    dp: Literal[1] = 1
+    fsdp: Literal[1] = 1
+    tp: Literal[1] = 1
+    ep: Literal[1] = 1
+    pp: Literal[1] = 1
+    cp: Literal[1] = 1
+
+
+class Checkpoint(Section):
+    """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one."""
+
+    every: int = Field(default=1000, ge=0)
+    keep: int = Field(default=5, ge=1)
+    asynchronous: Literal[False] = Field(default=False, alias="async")
+    resume: Literal["auto", "must", "never"] = "auto"
+
+
+class Run(Section):
+    """Where a run writes, and how often it prints a line."""
+
+    dir: str = "runs/run"
+    log_every: int = Field(default=1, ge=1)
+
+
+class Profile(Section):
+    """`steps: 5..10` profiles those steps: a trace and a table of the slowest operations in the run directory."""
+
+    steps: str | None = None
+
+    @field_validator("steps")
+    @classmethod
+    def _range(cls, value: str | None) -> str | None:
+        if value is not None:
+            first, dots, last = value.partition("..")
+            if not (dots and first.isdigit() and last.isdigit() and int(first) <= int(last)):
+                raise ValueError("must look like 5..10")
+        return value
+
+    def range(self) -> tuple[int, int] | None:
+        """Return the first and last step to profile, or None."""
+        if self.steps is None:
+            return None
+        first, last = self.steps.split("..")
+        return int(first), int(last)
+
+
+class Config(Section):
+    """A whole run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: ModelConfig = Field(default_factory=lambda: preset("mixtral-8x7b"))
+    weights: Weights = Weights()
+    data: Data = Data()
+    train: Train = Train()
+    optim: Optim = Optim()
+    moe: Moe = Moe()
+    lora: None = None
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run = Run()
+    profile: Profile = Profile()
+
+    def as_yaml(self) -> str:
+        """Return the config as a recipe that gives it back."""
+        fields = self.model_dump(mode="json", by_alias=True)
+        fields["model"] = self.model.as_fields()
+        return yaml.safe_dump(fields, sort_keys=False)
+
+
+# What a key can become in a later version; asking for it now is answered with what is true now.
+_NOT_YET = {
+    "weights.strategy": "MindSpore checkpoints are not read yet",
+    "weights.upcycle": "upcycling a dense model is not there yet",
+    "data.pad_token_id": "padded records are not there yet",
+    "train.recompute": "recomputing activations is not there yet",
+    "train.compile": "torch.compile is not applied yet",
+    "train.dtype": "this version computes in bf16 or fp32",
+    "train.master_dtype": "this version keeps fp32 master weights",
+    "moe.capacity_factor": "this version is dropless",
+    "moe.drop": "this version is dropless",
+    "moe.capacity_group": "this version is dropless",
+    "moe.balance": "this version balances per sequence, or as Hugging Face does",
+    "lora": "LoRA is not there yet",
+    "parallel": "this version trains in one process, so every degree is 1",
+    "checkpoint.async": "this version writes checkpoints synchronously",
+    "data.packing": "this version packs by concatenation",
+}
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*.yaml"))
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped model presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset(name: str) -> ModelConfig:
+    """Return a shipped model preset; an unknown name raises ConfigError with the nearest."""
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"model {name!r} is neither a preset nor a folder with config.json; presets: "
+            f"{', '.join(preset_names())}.{nearest(name, preset_names())}"
+        )
+    return ModelConfig.from_fields(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def recipe_path(name: str | Path) -> Path:
+    """Return the file of a shipped recipe or of a YAML path; neither raises ConfigError with the nearest name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise ConfigError(
+        f"{str(name)!r} is neither a file nor a shipped recipe; recipes: {', '.join(recipe_names())}."
+        f"{nearest(str(name), recipe_names())}"
+    )
+
+
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe (a shipped name or a YAML file), apply overrides, and return the config; or raise ConfigError."""
+    path = recipe_path(name)
+    fields, lines = _read_yaml(path)
+    for key, value in parse_overrides(overrides):
+        _set(fields, key, value)
+        lines[key] = "the command line"
+    return _build(fields, lines)
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return (dotted key, value) of `a.b=c`, `--a.b=c` and `--a.b c`; values are read as YAML."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--") or not rest:
+                raise ConfigError(f"{word!r} is not an override; write section.key=value.")
+            text = rest.pop(0)
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        pairs.append((key, value))
+    return pairs
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        fields = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path} line {mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where} is not YAML: {getattr(error, 'problem', error)}.") from None
+    if fields is None:
+        return {}, {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds a {type(fields).__name__}; a recipe is a mapping of sections.")
+    lines: dict[str, str] = {}
+
+    def visit(node: yaml.Node, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = f"{prefix}{key.value}"
+                lines[name] = f"{path.name} line {key.start_mark.line + 1}"
+                visit(value, f"{name}.")
+
+    assert node is not None
+    visit(node, "")
+    return fields, lines
+
+
+def _set(fields: dict[str, Any], key: str, value: Any) -> None:
+    names = key.split(".")
+    for i, name in enumerate(names[:-1]):
+        below = fields.get(name)
+        if name == "model" and i == 0 and isinstance(below, str):
+            below = {"preset": below}
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"{key} cannot be set: {'.'.join(names[: i + 1])} is {below!r}, not a section.")
+        fields[name] = below
+        fields = below
+    fields[names[-1]] = value
+
+
+def _build(fields: dict[str, Any], lines: Mapping[str, str]) -> Config:
+    fields = dict(fields)
+    where = {key: f"{line}: " for key, line in lines.items() if line != "the command line"}
+    try:
+        if "model" in fields:
+            fields["model"] = model_config(fields["model"])
+    except ConfigError as error:
+        key = next((k for k in where if k.startswith("model.") and f"{k} " in str(error)), "model")
+        raise ConfigError(f"{where.get(key, '')}{error}") from None
+    try:
+        return Config(**fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        raise ConfigError(where.get(key, "") + _sentence(key, first)) from None
+
+
+def _sentence(key: str, problem: Any) -> str:
+    for name, fact in _NOT_YET.items():
+        if key == name or key.startswith(f"{name}."):
+            return f"{key}={problem['input']!r} cannot be had: {fact}."
+    if problem["type"] == "extra_forbidden":
+        known = _known(key)
+        section = key.rpartition(".")[0]
+        place = f"section {section}" if section else "a recipe"
+        return f"{key} is not a key of {place}; known: {', '.join(known)}.{nearest(key.rpartition('.')[2], known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}={problem['input']!r} is refused: {message[0].lower()}{message[1:]}."
+
+
+def _known(key: str) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in key.split(".")[:-1]:
+        annotation = model.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def model_config(value: Any) -> ModelConfig:
+    """Return the model a recipe names: a preset, a folder with config.json, fields, or a preset with some changed."""
+    if isinstance(value, ModelConfig):
+        return value
+    if isinstance(value, str):
+        return _named(value)
+    if not isinstance(value, dict):
+        raise ConfigError(f"model={value!r} must be a preset, a folder with config.json, or fields.")
+    fields = dict(value)
+    base = _named(str(fields.pop("preset"))) if "preset" in fields else None
+    fields = {name: _number(name, field) for name, field in fields.items()}
+    if base is None:
+        return ModelConfig.from_fields(fields)
+    merged = base.as_fields()
+    if ("hidden_size" in fields or "num_attention_heads" in fields) and "head_dim" not in fields:
+        merged["head_dim"] = 0
+    return ModelConfig.from_fields({**merged, **fields})
+
+
+def _named(name: str) -> ModelConfig:
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        return preset(name)
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}.") from None
+    try:
+        return ModelConfig.from_hf(fields)
+    except (ConfigError, AttributeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+_FLOATS = {field.name for field in dataclasses.fields(ModelConfig) if field.type == "float"}
+
+
+def _number(name: str, value: Any) -> Any:
+    # YAML 1.1 reads 1e6 as text.
+    if name in _FLOATS and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"model.{name}={value!r} must be a number.") from None
+    return value

@@ -1,0 +1,1 @@
+"""Text to token batches; imports no other room."""

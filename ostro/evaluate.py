@@ -1,0 +1,76 @@
+"""How well a model predicts text: loss, perplexity, bits per byte, and how its experts share the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ostro.batch import batch_of
+from ostro.data.loader import Loader
+from ostro.data.shards import Shards
+from ostro.errors import TrainError
+from ostro.model import routing
+from ostro.model.mixtral import Mixtral
+
+# Tokens of one forward pass, whole rows of them.
+_BATCH_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss in nats per scored token; bits_per_byte over the UTF-8 bytes of the text; expert_load: a list a layer."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    expert_load: list[list[float]]
+    seconds: float
+
+
+@torch.no_grad()
+def evaluate(model: Mixtral, shards: Sequence[Shards], seq_length: int) -> Evaluation:
+    """Score every token of the shards exactly once, each document's first excepted.
+
+    Rows of `seq_length` tokens are scored independently, so a token sees at most the tokens before it in its row.
+    """
+    start = time.monotonic()
+    loader = Loader(shards, seq_length=seq_length, shuffle=False, drop_last=False)
+    config, device = model.config, model.head_weight.device
+    stats_LS = torch.zeros(
+        config.num_hidden_layers,
+        routing.num_stats(config.num_local_experts),
+        dtype=torch.float64,
+        device=device,
+    )
+    total, weight = 0.0, 0.0
+    rows_at_once = max(1, _BATCH_TOKENS // seq_length)
+    for first in range(0, loader.num_rows, rows_at_once):
+        rows = [loader.row(i) for i in range(first, min(first + rows_at_once, loader.num_rows))]
+        batch = batch_of(rows, device, stats_LS=stats_LS)
+        total += model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T).item()
+        weight += batch.weights_T.sum().item()
+    if not math.isfinite(total):
+        raise TrainError("the loss of the evaluation is not finite: the weights are damaged or have diverged.")
+    num_bytes = sum(shard.manifest.num_bytes for shard in shards)
+    loss = total / max(weight, 1.0)
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=total / math.log(2) / max(num_bytes, 1),
+        num_tokens=int(weight),
+        num_bytes=num_bytes,
+        expert_load=expert_load(stats_LS, config.num_local_experts),
+        seconds=time.monotonic() - start,
+    )
+
+
+def expert_load(stats_LS: torch.Tensor, num_experts: int) -> list[list[float]]:
+    """Return each layer's share of choices per expert; a layer's shares sum to 1."""
+    loads_LE = stats_LS[:, :num_experts]
+    return (loads_LE / loads_LE.sum(dim=1, keepdim=True).clamp(min=1)).tolist()

@@ -1,0 +1,124 @@
+"""What a run tells: lines on the console, one JSON line a step in metrics.jsonl, TensorBoard where it is installed.
+
+Only rank 0 speaks. On a terminal progress is one line that renews itself; elsewhere it is plain lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ostro.errors import DataError
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that speaks and writes (torchrun's RANK, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line with rich's markup, on rank 0 only."""
+    if is_main_rank():
+        import rich
+
+        rich.print(text, flush=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise DataError(f"{path} line {number} is not JSON: the file was edited or damaged.") from None
+    return rows
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard of one run; opening it cuts the file back to the steps up to `step`."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        beside = self.path.with_suffix(".partial")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        beside.replace(self.path)
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._board = _tensorboard(run_dir, step)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one step's row; its scalars go to TensorBoard too."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+            for layer, loads in enumerate(row.get("expert_load", ())):
+                self._board.add_scalar(f"expert_load_max/{layer}", max(loads), row["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(run_dir: Path, step: int) -> Any:
+    # Asked for by its own name first: torch's wrapper takes seconds to import even where TensorBoard is absent.
+    import importlib.util
+
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+
+class Progress:
+    """The progress line: step, loss, learning rate, tokens/s, share of the machine's rate, time left."""
+
+    def __init__(self, total_steps: int, log_every: int) -> None:
+        self.total_steps, self.log_every = total_steps, log_every
+        self.is_terminal = sys.stdout.isatty()
+        self.start = time.monotonic()
+        self.done = 0
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show one step's row of metrics."""
+        if not is_main_rank():
+            return
+        self.done += 1
+        step = row["step"]
+        left = (self.total_steps - step) * (time.monotonic() - self.start) / self.done
+        text = (
+            f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  {row['mfu']:.0%} of the machine's rate  {_clock(left)} left"
+        )
+        if self.is_terminal:
+            end = "\n" if step == self.total_steps else ""
+            print(f"\r\x1b[2K{text}", end=end, flush=True)
+        elif step % self.log_every == 0 or step == self.total_steps:
+            print(text, flush=True)
+
+    def newline(self) -> None:
+        """Leave the renewing line, so that something else can be printed below it."""
+        if self.is_terminal and is_main_rank():
+            print(flush=True)
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,1 @@
+"""One process's Mixtral; nothing here knows of other processes."""

@@ -1,0 +1,134 @@
+"""The parameter table: Mixtral's twelve kinds of parameter, each named once, with its logical dims.
+
+Every checkpoint format, the optimizer's groups and (as they arrive) placements, LoRA targets, quantisation and the
+planner read this table. Names are those of a Hugging Face checkpoint, with the experts of a layer stacked:
+`w13` holds gate (w1) at half 0 and up (w3) at half 1, so that a slice of `ffn` holds matching halves and
+`w13.view(E, 2F, D)` is one grouped product. Rows of q and k are in Hugging Face's half-rotation order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from ostro.model.settings import ModelConfig
+
+Dim = Literal["vocab", "heads", "kv_heads", "ffn", "expert", "half", "model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of parameter: its name (with `{layer}` where there is one a layer) and its logical dims."""
+
+    name: str
+    dims: tuple[Dim, ...]
+
+    @property
+    def is_layered(self) -> bool:
+        return "{layer}" in self.name
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether weight decay applies: everything but the norms."""
+        return len(self.dims) > 1
+
+
+EMBEDDING = Kind("model.embed_tokens.weight", ("vocab", "model"))
+INPUT_NORM = Kind("model.layers.{layer}.input_layernorm.weight", ("model",))
+Q = Kind("model.layers.{layer}.self_attn.q_proj.weight", ("heads", "model"))
+K = Kind("model.layers.{layer}.self_attn.k_proj.weight", ("kv_heads", "model"))
+V = Kind("model.layers.{layer}.self_attn.v_proj.weight", ("kv_heads", "model"))
+O = Kind("model.layers.{layer}.self_attn.o_proj.weight", ("model", "heads"))
+POST_NORM = Kind("model.layers.{layer}.post_attention_layernorm.weight", ("model",))
+GATE = Kind("model.layers.{layer}.block_sparse_moe.gate.weight", ("expert", "model"))
+W13 = Kind("model.layers.{layer}.block_sparse_moe.experts.w13", ("expert", "half", "ffn", "model"))
+W2 = Kind("model.layers.{layer}.block_sparse_moe.experts.w2", ("expert", "model", "ffn"))
+NORM = Kind("model.norm.weight", ("model",))
+HEAD = Kind("lm_head.weight", ("vocab", "model"))
+
+LAYER_KINDS = (INPUT_NORM, Q, K, V, O, POST_NORM, GATE, W13, W2)
+KINDS = (EMBEDDING, *LAYER_KINDS, NORM, HEAD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of one model: canonical name, shape, kind, and layer (None outside the layers)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    layer: int | None
+
+
+def sizes(config: ModelConfig) -> dict[Dim, int]:
+    """Return the size of each logical dim."""
+    return {
+        "vocab": config.vocab_size,
+        "heads": config.num_attention_heads * config.head_dim,
+        "kv_heads": config.num_key_value_heads * config.head_dim,
+        "ffn": config.intermediate_size,
+        "expert": config.num_local_experts,
+        "half": 2,
+        "model": config.hidden_size,
+    }
+
+
+def parameters(config: ModelConfig) -> Iterator[Parameter]:
+    """Yield every parameter in the model's order. With tied embeddings there is no `lm_head.weight`."""
+    size = sizes(config)
+
+    def parameter(kind: Kind, layer: int | None) -> Parameter:
+        return Parameter(kind.name.format(layer=layer), tuple(size[dim] for dim in kind.dims), kind, layer)
+
+    yield parameter(EMBEDDING, None)
+    for layer in range(config.num_hidden_layers):
+        for kind in LAYER_KINDS:
+            yield parameter(kind, layer)
+    yield parameter(NORM, None)
+    if not config.tie_word_embeddings:
+        yield parameter(HEAD, None)
+
+
+def table(config: ModelConfig) -> dict[str, Parameter]:
+    """Return the parameters of a model by name."""
+    return {parameter.name: parameter for parameter in parameters(config)}
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters held."""
+    return sum(_count(parameter.shape) for parameter in parameters(config))
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that multiply one token: its own experts and the head, not the embedding."""
+    total = 0
+    for parameter in parameters(config):
+        if parameter.kind is EMBEDDING:
+            continue
+        count = _count(parameter.shape)
+        if parameter.kind in (W13, W2):
+            count = count * config.num_experts_per_tok // config.num_local_experts
+        total += count
+    if config.tie_word_embeddings:
+        total += config.vocab_size * config.hidden_size
+    return total
+
+
+def training_flops(config: ModelConfig, document_lengths: Iterable[int]) -> float:
+    """Return the floating-point operations of one forward and backward pass, recompute not counted.
+
+    6 per active parameter and token, and for attention 12·H·C·Σn²/2 per layer: causal attention computes half of the
+    n² scores of a document of n tokens (the accounting of arXiv 2204.02311, appendix B, with the causal half).
+    """
+    lengths = list(document_lengths)
+    scores = sum(n * n for n in lengths) / 2
+    width = config.num_attention_heads * config.head_dim
+    return 6.0 * num_active_parameters(config) * sum(lengths) + 12.0 * config.num_hidden_layers * width * scores
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

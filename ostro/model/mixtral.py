@@ -1,0 +1,149 @@
+"""Mixtral, top to bottom (arXiv 2401.04088): exactly what Hugging Face's `MixtralForCausalLM` computes.
+
+Parameters carry the canonical names of `layout.py`. The model is built with uninitialised values: weights come from a
+checkpoint or from `weights.RandomReader`. Activations have the dtype `compute_dtype`; the parameters may be of a wider
+one (fp32 masters) and are cast where they are used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ostro.model import ops
+from ostro.model.attention import Attend, attend
+from ostro.model.moe import MoE
+from ostro.model.routing import Routing, hf_balance
+from ostro.model.settings import ModelConfig, MoeConfig
+from ostro.model.spans import Spans
+
+
+class Linear(nn.Module):
+    """A product with weight [out, in]; Mixtral has no biases."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_out, num_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight per channel."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and, where configured, a sliding window."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.head_dim, self.window = head_dim, config.sliding_window
+        self.q_proj = Linear(hidden, config.num_attention_heads * head_dim)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * head_dim)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * head_dim)
+        self.o_proj = Linear(config.num_attention_heads * head_dim, hidden)
+        self.attend: Attend = attend
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], spans: Spans) -> Tensor:
+        # -1 heads: under tensor parallel a rank has fewer of them.
+        q_THC = ops.apply_rope(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)), rope)
+        k_TKC = ops.apply_rope(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), rope)
+        v_TKC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(self.attend(q_THC, k_TKC, v_TKC, spans, self.window).flatten(-2))
+
+
+class Block(nn.Module):
+    """One layer: attention and experts, each normed before and added after."""
+
+    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.block_sparse_moe = MoE(config, moe)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], spans: Spans) -> tuple[Tensor, Routing, Tensor]:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, spans)
+        out_TD, routing, stats_S = self.block_sparse_moe(self.post_attention_layernorm(x_TD), spans)
+        return x_TD + out_TD, routing, stats_S
+
+
+class Embedding(nn.Module):
+    """The token table [V, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return F.embedding(tokens_T, self.weight)
+
+
+class Body(nn.Module):
+    """Embedding, layers and final norm; a ModuleDict keeps a layer's name when others live on other ranks."""
+
+    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.ModuleDict({str(i): Block(config, moe) for i in range(config.num_hidden_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Mixtral(nn.Module):
+    """The whole model: tokens to final hidden states, to logits, or to a loss."""
+
+    def __init__(
+        self, config: ModelConfig, moe: MoeConfig | None = None, compute_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.config, self.moe, self.compute_dtype = config, moe or MoeConfig(), compute_dtype
+        self.model = Body(config, self.moe)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def blocks(self) -> dict[int, Block]:
+        """The layers this process holds, by number."""
+        return {int(name): block for name, block in self.model.layers.items() if isinstance(block, Block)}
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, D]: its own, or the embedding's where they are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_T: Tensor, spans: Spans) -> Tensor:
+        """Return the final normed hidden states [T, D]; statistics go into `spans`."""
+        x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
+        rope = ops.rope_tables(spans.positions_T, self.config.head_dim, self.config.rope_theta, self.compute_dtype)
+        routings = []
+        for layer, block in self.blocks.items():
+            x_TD, routing, stats_S = block(x_TD, rope, spans)
+            routings.append(routing)
+            # Outside the block, so that recomputing a block counts nothing twice.
+            if spans.stats_LS is not None:
+                spans.stats_LS[layer] += stats_S
+            if spans.experts_LTA is not None:
+                spans.experts_LTA[layer] = routing.experts_TA
+        if self.moe.balance == "hf" and spans.balance_scale and torch.is_grad_enabled():
+            balance = self.moe.router_aux_loss_coef * hf_balance(routings, spans)
+            x_TD = ops.attach_loss(x_TD, balance)
+        return self.model.norm(x_TD)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return the logits [T, V] of final hidden states, fp32."""
+        return ops.linear(x_TD, self.head_weight).float()
+
+    def loss(self, tokens_T: Tensor, spans: Spans, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+        """Return `Σ weight · −log p(label)` in nats, fp32; the balancing losses ride on its backward pass."""
+        return ops.linear_cross_entropy(self(tokens_T, spans), self.head_weight, labels_T, weights_T)

@@ -1,0 +1,167 @@
+"""The feed-forward layer: eight experts, two per token.
+
+`dispatch` is the seam: expert parallel replaces it, nothing else in the model knows. It sorts the N = T·A routed rows
+by expert, so that each expert multiplies one contiguous slice, and gathers the results back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ostro import device
+from ostro.model import ops
+from ostro.model.routing import ROUTERS, Routing, count, sequence_balance, z_loss
+from ostro.model.settings import ModelConfig, MoeConfig
+from ostro.model.spans import Spans
+
+Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+
+
+def dispatch_loop(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+    """The oracle: each expert picks its tokens, multiplies, weighs and adds (as transformers' eager path does)."""
+    out_TD = torch.zeros_like(x_TD)
+    for expert in range(len(w2)):
+        token_n, choice_n = torch.where(routing.experts_TA == expert)
+        gate, up = (ops.linear(x_TD[token_n], w13[expert, half]) for half in (0, 1))
+        y_nD = ops.linear(ops.swiglu(gate, up), w2[expert])
+        weighted = y_nD * routing.weights_TA[token_n, choice_n, None]
+        out_TD = out_TD.index_add(0, token_n, weighted.to(x_TD.dtype))
+    return out_TD
+
+
+def dispatch(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+    """Send each token to its experts and return the weighted sum of their answers, [T, D].
+
+    Nothing is dropped. Rows are sorted stably, so the same routing gives the same bits.
+    """
+    num_tokens, num_choices = routing.experts_TA.shape
+    flat_N = routing.experts_TA.flatten()
+    order_N = flat_N.argsort(stable=True)
+    counts_E = torch.bincount(flat_N, minlength=len(w2))
+    run = run_experts_grouped if device.is_cuda(x_TD.device) and _can_group(x_TD, w13) else run_experts
+    y_ND = run(x_TD[order_N // num_choices], counts_E, w13.to(x_TD.dtype), w2.to(x_TD.dtype))
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    y_TAD = y_ND[place_N].view(num_tokens, num_choices, -1)
+    return (y_TAD * routing.weights_TA[..., None].to(x_TD.dtype)).sum(dim=1)
+
+
+def run_experts(x_ND: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """Run each expert on its slice of sorted rows, one product after another; returns [N, D].
+
+    The backward pass writes each expert's gradient straight into its place of the stacked ones: indexing a stacked
+    parameter instead would have autograd add up E tensors of the full size.
+    """
+    return _SlicedExperts.apply(x_ND, counts_E.tolist(), w13, w2)  # type: ignore[return-value]
+
+
+def run_experts_grouped(x_ND: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """As `run_experts`, with one grouped product per projection and no count ever leaving the device."""
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    h_N2F = F.grouped_mm(x_ND, w13.flatten(1, 2).transpose(-2, -1), offs=ends_E)
+    gate, up = h_N2F.chunk(2, dim=-1)
+    return F.grouped_mm(ops.swiglu(gate, up), w2.transpose(-2, -1), offs=ends_E)
+
+
+def _can_group(x_ND: Tensor, w13: Tensor) -> bool:
+    # torch wants every stride of a grouped product to be a multiple of 16 bytes.
+    return x_ND.dtype == torch.bfloat16 and w13.shape[-1] % 8 == 0 and w13.shape[-2] % 8 == 0
+
+
+class _SlicedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, counts: list[int], w13: Tensor, w2: Tensor) -> Tensor:
+        ffn = w13.shape[2]
+        h_N2F = x_ND.new_empty(len(x_ND), 2 * ffn)
+        a_NF = x_ND.new_empty(len(x_ND), ffn)
+        y_ND = torch.empty_like(x_ND)
+        for expert, rows in _slices(counts):
+            h = h_N2F[rows]
+            ops.mm(x_ND[rows], w13[expert].flatten(0, 1).t(), h)
+            torch.mul(F.silu(h[:, :ffn]), h[:, ffn:], out=a_NF[rows])
+            ops.mm(a_NF[rows], w2[expert].t(), y_ND[rows])
+        ctx.counts = counts
+        ctx.save_for_backward(x_ND, h_N2F, a_NF, w13, w2)
+        return y_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:  # type: ignore[override]
+        x_ND, h_N2F, a_NF, w13, w2 = ctx.saved_tensors
+        ffn = w13.shape[2]
+        grad_y = grad_y.contiguous()
+        grad_x = torch.empty_like(x_ND)
+        grad_w13, grad_w2 = torch.empty_like(w13), torch.empty_like(w2)
+        for expert, rows in _slices(ctx.counts):
+            if rows.start == rows.stop:
+                grad_w13[expert].zero_()
+                grad_w2[expert].zero_()
+                continue
+            gate, up, dy = h_N2F[rows, :ffn], h_N2F[rows, ffn:], grad_y[rows]
+            ops.mm(dy.t(), a_NF[rows], grad_w2[expert])
+            grad_a = torch.empty_like(a_NF[rows])
+            ops.mm(dy, w2[expert], grad_a)
+            grad_h = torch.empty_like(h_N2F[rows])
+            torch.mul(grad_a, F.silu(gate), out=grad_h[:, ffn:])
+            grad_a *= up
+            torch.ops.aten.silu_backward.grad_input(grad_a, gate, grad_input=grad_h[:, :ffn])
+            ops.mm(grad_h.t(), x_ND[rows], grad_w13[expert].flatten(0, 1))
+            ops.mm(grad_h, w13[expert].flatten(0, 1), grad_x[rows])
+        return grad_x, None, grad_w13, grad_w2
+
+
+def _slices(counts: list[int]) -> list[tuple[int, slice]]:
+    rows, start = [], 0
+    for expert, num in enumerate(counts):
+        rows.append((expert, slice(start, start + num)))
+        start += num
+    return rows
+
+
+class Experts(nn.Module):
+    """The stacked weights of a layer's experts: w13 [E, 2, F, D] (gate, up) and w2 [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num, ffn, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+        self.w13 = nn.Parameter(torch.empty(num, 2, ffn, hidden))
+        self.w2 = nn.Parameter(torch.empty(num, hidden, ffn))
+
+
+class Gate(nn.Module):
+    """The router's weight [E, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
+
+class MoE(nn.Module):
+    """Route, dispatch, and let the balancing losses ride on the output."""
+
+    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
+        super().__init__()
+        self.config, self.moe = config, moe
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.dispatch: Dispatch = dispatch
+
+    def forward(self, x_TD: Tensor, spans: Spans) -> tuple[Tensor, Routing, Tensor]:
+        """Return the output [T, D], the routing, and this layer's statistics."""
+        routing = ROUTERS[self.moe.router](self.gate(x_TD), self.config.num_experts_per_tok)
+        out_TD = self.dispatch(x_TD, routing, self.experts.w13, self.experts.w2)
+        balance, z = sequence_balance(routing, spans), z_loss(routing, spans)
+        if spans.balance_scale and torch.is_grad_enabled():
+            scale = spans.balance_scale / self.config.num_hidden_layers
+            loss = self.moe.z_loss_coef * z
+            if self.moe.balance == "sequence":
+                loss = loss + self.moe.router_aux_loss_coef * balance
+            out_TD = ops.attach_loss(out_TD, scale * loss)
+        return out_TD, routing, count(routing, spans, balance, z)

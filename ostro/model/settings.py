@@ -1,0 +1,161 @@
+"""What a Mixtral is (`ModelConfig`) and how its router is trained (`MoeConfig`): plain dataclasses, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ostro.errors import ConfigError, nearest
+
+Router = Literal["softmax"]
+Balance = Literal["sequence", "hf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, in the names of Hugging Face's `MixtralConfig`; the defaults are Mixtral-8x7B's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 0  # 0 means hidden_size // num_attention_heads, and is replaced by it
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"model.{field.name}={value!r} must be a whole number of at least 0.")
+            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+                raise ConfigError(f"model.{field.name}={value!r} must be a number of at least 0.")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"model.num_attention_heads={self.num_attention_heads} does not divide "
+                    f"hidden_size={self.hidden_size}: change one of them or set head_dim."
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} is odd; rotary positions need an even one.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}: each key head serves a whole group of query heads."
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ConfigError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"num_local_experts={self.num_local_experts}: a token cannot use an expert twice."
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"model.tie_word_embeddings={self.tie_word_embeddings!r} must be true or false.")
+        for name, least in (("sliding_window", 1), ("pad_token_id", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"model.{name}={value!r} must be a whole number of at least {least}, or null.")
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ConfigError(f"model.{name}={getattr(self, name)} lies outside vocab_size={self.vocab_size}.")
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """Build from a mapping; an unknown name raises ConfigError with the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"model.{name} is not a setting of the model.{nearest(name, known)}")
+        return cls(**fields)
+
+    @classmethod
+    def from_hf(cls, found: Mapping[str, Any]) -> ModelConfig:
+        """Build from the content of a `config.json` as transformers 4 or 5 writes it.
+
+        Keys that say nothing about Mixtral's arithmetic are ignored. Raises ConfigError for another model type,
+        another activation, scaled rotary positions, quantised weights, and values that make no model.
+        """
+        if found.get("model_type") != "mixtral":
+            raise ConfigError(f"model_type is {found.get('model_type')!r}: Ostro reads 'mixtral'.")
+        if found.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"hidden_act is {found['hidden_act']!r}: Mixtral's experts use 'silu'.")
+        if found.get("quantization_config"):
+            raise ConfigError("the weights are quantised: take the unquantised checkpoint.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        # Where MixtralConfig's own default is another than ours, an absent key means theirs.
+        fields = {"max_position_embeddings": 131072} | {name: found[name] for name in known if name in found}
+        fields |= _hf_rope(found)
+        if fields.get("head_dim", 0) is None:
+            del fields["head_dim"]
+        if fields.get("num_key_value_heads", 0) is None:
+            fields["num_key_value_heads"] = fields.get("num_attention_heads", 32)
+        eos = fields.get("eos_token_id")
+        if isinstance(eos, list) and eos:
+            fields["eos_token_id"] = eos[0]
+        values: dict[str, Any] = fields
+        return cls(**values)
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return all settings as a plain dict."""
+        return dataclasses.asdict(self)
+
+
+def _hf_rope(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta from wherever it stands: v5 nests it, v4 has it at the top with rope_scaling beside it."""
+    fields: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = found.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ConfigError(f"{key} is {rope!r} where an object or null belongs.")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(
+                f"{key} asks for rotary positions of type {kind!r}: Ostro has the plain ones ('default')."
+            )
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope["rope_theta"]
+    return fields
+
+
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """How the router is trained.
+
+    `router_aux_loss_coef` is in Hugging Face's unit: the balancing loss of a perfectly balanced layer is
+    `num_experts_per_tok`, whatever the number of layers. MindFormers' 0.05 is 0.025 here.
+    """
+
+    router: Router = "softmax"
+    balance: Balance = "sequence"
+    router_aux_loss_coef: float = 0.02
+    z_loss_coef: float = 0.0

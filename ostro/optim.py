@@ -1,0 +1,108 @@
+"""The optimizer: who decays, AdamW with fp32 state, the schedules, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ostro.config import Optim
+from ostro.model import layout
+from ostro.model.settings import ModelConfig
+
+
+def build_optimizer(module: nn.Module, model: ModelConfig, optim: Optim) -> torch.optim.AdamW:
+    """Return AdamW over the module's parameters, with its state allocated; decay falls on matrices only.
+
+    The state is there before the first step, so that a checkpoint can be read straight into it.
+    """
+    table = layout.table(model)
+    matrices = [p for name, p in module.named_parameters() if table[name].kind.is_matrix]
+    vectors = [p for name, p in module.named_parameters() if not table[name].kind.is_matrix]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,
+    )
+    for parameter in module.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
+
+
+def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of a training checkpoint by name: `model.<parameter>` and `optim.<parameter>.<state>`."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optim.{name}.{key}"] = value
+    return tensors
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients so that their joint 2-norm is at most `max_norm`; return the norm before."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+
+def _warmup_steps(optim: Optim, total_steps: int) -> int:
+    return int(total_steps * optim.warmup_ratio)
+
+
+def _decay(optim: Optim, step: int, total_steps: int) -> float:
+    warmup = _warmup_steps(optim, total_steps)
+    return (step - warmup) / max(1, total_steps - warmup)
+
+
+def _cosine(optim: Optim, step: int, total_steps: int) -> float:
+    span = optim.learning_rate - optim.min_learning_rate
+    return optim.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * _decay(optim, step, total_steps)))
+
+
+def _linear(optim: Optim, step: int, total_steps: int) -> float:
+    span = optim.learning_rate - optim.min_learning_rate
+    return optim.min_learning_rate + span * (1 - _decay(optim, step, total_steps))
+
+
+def _constant(optim: Optim, step: int, total_steps: int) -> float:
+    return optim.learning_rate
+
+
+# Rates after warm-up; step counts from 0 at the first update.
+SCHEDULES: dict[str, Callable[[Optim, int, int], float]] = {
+    "cosine": _cosine,
+    "cosine_mindformers": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+}
+
+
+def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
+    """Return the rate of update `step` (from 0) of `total_steps`.
+
+    Warm-up climbs in `int(total · warmup_ratio)` equal steps, the first of which is not zero. `cosine_mindformers` is
+    CosineWithWarmUpLR of MindFormers, whose climb starts one step later: its very first update has rate 0.
+    """
+    warmup = _warmup_steps(optim, total_steps)
+    if step >= total_steps:
+        return optim.learning_rate if optim.schedule == "constant" else optim.min_learning_rate
+    if step < warmup:
+        climbed = step if optim.schedule == "cosine_mindformers" else step + 1
+        return optim.learning_rate * climbed / warmup
+    return SCHEDULES[optim.schedule](optim, step, total_steps)

@@ -1,0 +1,1 @@
+"""Tokens out: cache, sampling, the engine."""

@@ -1,0 +1,223 @@
+"""Prompts in, text out: load a model of any format, prefill, decode, stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ostro import device as devices
+from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.errors import ConfigError, RequestError, WeightsError, nearest
+from ostro.model.mixtral import Mixtral
+from ostro.model.settings import ModelConfig
+from ostro.model.spans import spans_of
+from ostro.serve.cache import KVCache
+from ostro.serve.sampling import Sampling, next_token
+from ostro.weights import open_reader
+from ostro.weights.store import Reader, load_into
+
+# Prompt tokens computed at once; bounds the memory of a long prefill.
+_PREFILL_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer: its text, its token ids, why it ended (`eos`, `length` or `stop`), and which expert of the last
+    layer weighed most where each token was chosen."""
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    experts: tuple[int, ...]
+
+
+def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Mixtral:
+    """Return a model for inference with uninitialised weights in `dtype`; the router's stay fp32."""
+    with torch.device("meta"):
+        model = Mixtral(config, compute_dtype=dtype).to(dtype)
+        for block in model.blocks.values():
+            block.block_sparse_moe.gate.float()
+    return model.to_empty(device=device).requires_grad_(False).eval()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype a command line names: bf16, fp16 or fp32."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise ConfigError(f"dtype {name!r} is not one of {', '.join(dtypes)}.{nearest(name, dtypes)}")
+    return dtypes[name]
+
+
+def load_model(source: str | Path | Reader, dtype: str = "auto", device: torch.device | None = None) -> Mixtral:
+    """Load a checkpoint of any format, or a run directory, for inference.
+
+    dtype is `bf16`, `fp32`, or `auto`: the checkpoint's own, but fp32 on a CPU without bf16 units.
+    """
+    reader = open_reader(source) if isinstance(source, (str, Path)) else source
+    device = device or devices.accelerator()
+    if dtype == "auto":
+        stored = next(iter(reader.names().values())).dtype
+        is_slow = device.type == "cpu" and not devices.bf16_is_fast()
+        dtype = "fp32" if stored == torch.float32 or is_slow else "bf16"
+    model = empty_model(reader.model, torch_dtype(dtype), device)
+    load_into(model, reader)
+    return model
+
+
+def tokenizer_of(path: str | Path, override: str | None = None) -> Tokenizer:
+    """Return the tokenizer that lies with a model: in its folder, or in the run directory it belongs to."""
+    if override is not None:
+        return load_tokenizer(override)
+    folder = Path(path)
+    for candidate in (
+        folder,
+        folder / "tokenizer",
+        folder.parent / "tokenizer",
+        folder.parent.parent / "tokenizer",
+    ):
+        if (candidate / "tokenizer.json").is_file() or (candidate / "tokenizer.model").is_file():
+            return load_tokenizer(candidate)
+    raise WeightsError(f"{path} has no tokenizer beside its weights: name one with --tokenizer v1, v3 or a file.")
+
+
+class Engine:
+    """Generates with one model; `generate` may be called any number of times."""
+
+    def __init__(self, model: Mixtral, tokenizer: Tokenizer) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise WeightsError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces and the model {model.config.vocab_size}: "
+                "they do not belong together."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.head_weight.device
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Complete each prompt; `on_text(prompt index, new text)` is called as text becomes certain."""
+        sampling = sampling or Sampling()
+        answers = [self._start(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+        for index, text in self._steps(answers, sampling):
+            if text and on_text is not None:
+                on_text(index, text)
+        return [answer.completion() for answer in answers]
+
+    def _start(self, index: int, prompt: str, sampling: Sampling) -> _Answer:
+        ids = self.tokenizer.encode(prompt, bos=True)
+        limit = self.model.config.max_position_embeddings
+        if len(ids) + sampling.max_new_tokens > limit:
+            raise RequestError(
+                f"prompt {index + 1} has {len(ids)} tokens; with max_new_tokens={sampling.max_new_tokens} that is more "
+                f"than the model's {limit} positions: shorten one of them."
+            )
+        generator = torch.Generator().manual_seed(sampling.seed)
+        return _Answer(index, prompt, ids, self.tokenizer, sampling, generator)
+
+    @torch.inference_mode()
+    def _steps(self, answers: list[_Answer], sampling: Sampling) -> Iterator[tuple[int, str]]:
+        config = self.model.config
+        capacities = [len(answer.ids) + sampling.max_new_tokens for answer in answers]
+        cache = KVCache(config, capacities, self.model.compute_dtype, self.device)
+        for layer, block in self.model.blocks.items():
+            block.self_attn.attend = functools.partial(cache.attend, layer)
+        for answer in answers:
+            last = (len(answer.ids) - 1) // _PREFILL_TOKENS * _PREFILL_TOKENS
+            for start in range(0, last, _PREFILL_TOKENS):
+                self._forward(cache, [answer.index], [answer.ids[start : start + _PREFILL_TOKENS]])
+            logits, experts = self._forward(cache, [answer.index], [answer.ids[last:]])
+            yield answer.index, answer.add(logits[0], int(experts[0]))
+        while running := [answer for answer in answers if not answer.finish_reason]:
+            logits, experts = self._forward(cache, [a.index for a in running], [a.ids[-1:] for a in running])
+            for row, answer in enumerate(running):
+                yield answer.index, answer.add(logits[row], int(experts[row]))
+
+    def _forward(self, cache: KVCache, sequences: list[int], pieces: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Run the new tokens of some sequences; return the last token's logits [n, V] and best last-layer expert."""
+        config = self.model.config
+        tokens_T = torch.tensor([i for piece in pieces for i in piece], device=self.device)
+        spans = spans_of(
+            [len(piece) for piece in pieces],
+            starts=[cache.lengths[sequence] for sequence in sequences],
+            experts_LTA=torch.empty(
+                config.num_hidden_layers,
+                len(tokens_T),
+                config.num_experts_per_tok,
+                dtype=torch.int64,
+                device=self.device,
+            ),
+            device=self.device,
+        )
+        cache.begin(sequences)
+        x_TD = self.model(tokens_T, spans)
+        cache.advance(spans)
+        last = spans.document_starts[1:].long() - 1
+        assert spans.experts_LTA is not None
+        return self.model.logits(x_TD[last]).cpu(), spans.experts_LTA[-1, last, 0].cpu()
+
+
+class _Answer:
+    """One prompt's growing answer: tokens, certain text, and whether it has ended."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: str,
+        ids: list[int],
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> None:
+        self.index, self.prompt, self.ids = index, prompt, list(ids)
+        self.num_prompt_tokens = len(ids)
+        self.finish_reason = ""
+        self._tokenizer, self._sampling, self._generator = tokenizer, sampling, generator
+        self._stream = tokenizer.stream()
+        self._text = ""
+        self._shown = 0
+        self._experts: list[int] = []
+
+    def add(self, logits_V: Tensor, expert: int) -> str:
+        """Choose the next token from its logits; return the text that is now certain and was not before."""
+        token = next_token(logits_V, torch.tensor(self.ids), self._sampling, self._generator)
+        if token == self._tokenizer.eos_token_id:
+            self.finish_reason = "eos"
+        else:
+            self.ids.append(token)
+            self._experts.append(expert)
+            self._text += self._stream.push(token)
+            if len(self.ids) - self.num_prompt_tokens == self._sampling.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            self._text += self._stream.flush()
+        cut = min((at for stop in self._sampling.stop if (at := self._text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self._text, self.finish_reason = self._text[:cut], "stop"
+        return self._certain()
+
+    def _certain(self) -> str:
+        # Text that may yet turn out to be the beginning of a stop string is held back.
+        held = 0
+        if not self.finish_reason:
+            for stop in self._sampling.stop:
+                for n in range(min(len(stop) - 1, len(self._text)), held, -1):
+                    if self._text.endswith(stop[:n]):
+                        held = n
+                        break
+        end = max(self._shown, len(self._text) - held)
+        new = self._text[self._shown : end]
+        self._shown = end
+        return new
+
+    def completion(self) -> Completion:
+        ids = tuple(self.ids[self.num_prompt_tokens :])
+        return Completion(self.prompt, self._text, ids, self.finish_reason, tuple(self._experts))

@@ -1,0 +1,384 @@
+"""The one training loop: pretraining and fine-tuning differ by data and start weights only."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ostro import device as devices
+from ostro import log
+from ostro.batch import batch_of
+from ostro.config import Config
+from ostro.data import shards as token_shards
+from ostro.data.loader import Loader, Row
+from ostro.data.shards import Shards
+from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
+from ostro.evaluate import evaluate, expert_load
+from ostro.model import layout, routing
+from ostro.model.mixtral import Mixtral
+from ostro.model.settings import ModelConfig
+from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
+from ostro.weights import dcp, open_reader
+from ostro.weights.store import RandomReader, load_into
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its directory, the last step, the last row of metrics, and the signal that stopped it."""
+
+    run_dir: Path
+    step: int
+    last: dict[str, Any]
+    signal: int | None
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """Everything a step needs; `step` counts the updates done."""
+
+    config: Config
+    run_dir: Path
+    device: torch.device
+    tokenizer: Tokenizer
+    loader: Loader
+    eval_shards: list[Shards]
+    model: Mixtral
+    optimizer: torch.optim.AdamW
+    total_steps: int
+    step: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepStats:
+    """What one update did: the mean loss in nats per label, the gradient's norm, and summed routing statistics."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    flops: float
+    stats_LS: Tensor
+
+
+def train(config: Config) -> Outcome:
+    """Run a recipe to its end, or until SIGTERM or SIGINT, and leave a checkpoint either way.
+
+    A run directory that holds checkpoints is resumed from the newest whole one, to the same bits an undisturbed run
+    gives. A loss or gradient that is not finite raises TrainError before anything is updated.
+    """
+    run = set_up(config)
+    return _loop(run)
+
+
+def set_up(config: Config) -> Run:
+    """Open data, build the model and the optimizer, load weights or the newest checkpoint."""
+    if not config.data.path:
+        raise ConfigError("data.path is empty: name prepared data or text, as in data.path=corpus.txt.")
+    run_dir = Path(config.run.dir)
+    device = devices.accelerator()
+    devices.set_deterministic(device)
+    torch.manual_seed(config.train.seed)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    shards = _open_data(config, config.data.path, tokenizer)
+    loader = Loader(
+        shards,
+        seq_length=config.data.seq_length,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        drop_last=True,
+    )
+    eval_shards = _open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
+    model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device)).to(device)
+    run = Run(
+        config=config,
+        run_dir=run_dir,
+        device=device,
+        tokenizer=tokenizer,
+        loader=loader,
+        eval_shards=eval_shards,
+        model=model,
+        optimizer=build_optimizer(model, config.model, config.optim),
+        total_steps=_total_steps(config, loader),
+    )
+    newest = dcp.latest(run.checkpoints)
+    if newest is not None and config.checkpoint.resume == "never":
+        raise ConfigError(f"{run_dir} already holds {newest.name} and checkpoint.resume=never: choose another run.dir.")
+    if newest is None and config.checkpoint.resume == "must":
+        raise ConfigError(f"{run_dir} holds no whole checkpoint to resume from: check run.dir.")
+    if newest is not None:
+        _resume(run, newest)
+    else:
+        path = config.weights.path
+        load_into(model, open_reader(path) if path else RandomReader(config.model, config.train.seed))
+    _write_run_files(run)
+    return run
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations; `auto` is bf16 where the hardware has it and fp32 elsewhere."""
+    if config.train.dtype == "auto":
+        is_slow = device.type == "cpu" and not devices.bf16_is_fast()
+        return torch.float32 if is_slow else torch.bfloat16
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
+
+
+def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> list[Shards]:
+    """Open prepared folders as they are; prepare raw text first, into the cache."""
+    folders = [Path(path) for path in paths if token_shards.is_prepared(path)]
+    raw = [path for path in paths if not token_shards.is_prepared(path)]
+    if raw:
+        log.say(f"preparing {', '.join(raw)} (cached for the next time)")
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ostro" / "prepared"
+        folders.append(token_shards.prepared(raw, cache, tokenizer=tokenizer, kind=config.data.kind))
+    opened = [token_shards.open_shards(folder) for folder in folders]
+    for folder, shards in zip(folders, opened, strict=True):
+        check_data(folder, shards, tokenizer, config.model)
+    return opened
+
+
+def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Refuse tokens that were made with another tokenizer, or that the model cannot hold."""
+    manifest = shards.manifest
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{folder} was prepared with tokenizer {manifest.tokenizer!r}, not {tokenizer.name!r}: "
+            "set data.tokenizer to it, or prepare the data again."
+        )
+    if manifest.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{folder} has token ids up to {manifest.vocab_size - 1} and the model vocab_size={model.vocab_size}: "
+            f"set model.vocab_size={manifest.vocab_size} or use the model's own tokenizer."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        ours, theirs = getattr(model, name), getattr(manifest, name)
+        if ours != theirs:
+            raise DataError(f"{folder} has {name}={theirs} and the model {ours}: they were made for different models.")
+
+
+def _total_steps(config: Config, loader: Loader) -> int:
+    if config.train.steps >= 0:
+        return config.train.steps
+    steps = int(config.train.epochs * loader.num_rows / config.train.global_batch_sequences)
+    if steps < 1:
+        raise DataError(
+            f"the data make {loader.num_rows} sequences of {config.data.seq_length} tokens, fewer than one batch of "
+            f"{config.train.global_batch_sequences}: lower train.global_batch_sequences or data.seq_length."
+        )
+    return steps
+
+
+def _write_run_files(run: Run) -> None:
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    (run.run_dir / "config.yaml").write_text(run.config.as_yaml(), encoding="utf-8")
+    from importlib.metadata import version
+
+    names = ("ostro", "torch", "numpy", "tokenizers", "pydantic")
+    versions = {name: version(name) for name in names} | {"python": platform.python_version()}
+    (run.run_dir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    if not (run.run_dir / "tokenizer").exists():
+        run.tokenizer.save(run.run_dir / "tokenizer")
+
+
+def train_step(run: Run) -> StepStats:
+    """Do one update: accumulate over micro-batches weighted by valid tokens, clip, and step."""
+    config, model = run.config, run.model
+    rows = run.loader.rows(run.step, config.train.global_batch_sequences)
+    num_labels = float(sum(row.weights_L.sum() for row in rows))
+    if num_labels == 0:
+        raise TrainError(f"step {run.step + 1}: no token of this batch has a label: documents are single tokens.")
+    num_tokens = sum(len(row.tokens_L) for row in rows)
+    stats_LS = torch.zeros(
+        config.model.num_hidden_layers,
+        routing.num_stats(config.model.num_local_experts),
+        dtype=torch.float64,
+        device=run.device,
+    )
+    loss = torch.zeros((), dtype=torch.float32, device=run.device)
+    for micro in _micro_batches(rows, config.train.micro_batch_sequences):
+        batch = batch_of(micro, run.device, balance_scale=1.0 / num_tokens, stats_LS=stats_LS)
+        part = model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T) / num_labels
+        part.backward()
+        loss += part.detach()
+    grad_norm = clip_grad_norm(model.parameters(), config.optim.max_grad_norm)
+    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
+        raise TrainError(
+            f"step {run.step + 1}: the loss is {loss.item()} and the gradient's norm {grad_norm}; nothing was updated. "
+            "Lower optim.learning_rate, or look at this step's data."
+        )
+    rate = learning_rate(config.optim, run.step, run.total_steps)
+    set_learning_rate(run.optimizer, rate)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    lengths = [n for row in rows for n in row.document_lengths]
+    flops = layout.training_flops(config.model, lengths)
+    return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
+
+
+def _micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _loop(run: Run) -> Outcome:
+    config = run.config
+    metrics = log.Metrics(run.run_dir, run.step)
+    progress = log.Progress(run.total_steps, config.run.log_every)
+    rate = devices.peak_flops(run.device, run.model.compute_dtype)
+    profiling = config.profile.range()
+    profiler = None
+    saved = run.step
+    row: dict[str, Any] = {}
+    with _Signals() as signals:
+        while run.step < run.total_steps and signals.caught is None:
+            if profiling and run.step + 1 == profiling[0]:
+                profiler = _start_profiler()
+            start = time.perf_counter()
+            stats = train_step(run)
+            row = _metrics_row(run, stats, time.perf_counter() - start, rate)
+            if profiler is not None and profiling and run.step >= min(profiling[1], run.total_steps):
+                _write_profile(run, profiler)
+                profiler = None
+            if run.eval_shards and config.train.eval_every and run.step % config.train.eval_every == 0:
+                result = evaluate(run.model, run.eval_shards, config.data.seq_length)
+                row |= {"eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+            metrics.write(row)
+            progress.show(row)
+            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+                saved = _save(run, progress)
+        if saved != run.step or dcp.latest(run.checkpoints) is None:
+            _save(run, progress)
+    metrics.close()
+    return Outcome(run.run_dir, run.step, row, signals.caught)
+
+
+def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
+    num_experts = run.config.model.num_local_experts
+    means = stats.stats_LS[:, num_experts:].sum(dim=0) / (len(stats.stats_LS) * stats.num_tokens)
+    balance, z, entropy, confidence = means.tolist()
+    return {
+        "step": run.step,
+        "loss": stats.loss,
+        "aux_loss": balance,
+        "z_loss": z,
+        "grad_norm": stats.grad_norm,
+        "learning_rate": stats.learning_rate,
+        "tokens": run.step * stats.num_tokens,
+        "tokens_per_second": stats.num_tokens / seconds,
+        "mfu": stats.flops / seconds / rate,
+        "expert_load": expert_load(stats.stats_LS, num_experts),
+        "router_entropy": entropy,
+        "router_confidence": confidence,
+        "seconds": seconds,
+    }
+
+
+class _Signals:
+    """Between enter and exit, SIGTERM and SIGINT are noted in `caught`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.caught is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: whoever runs us there owns the signals
+                break
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _save(run: Run, progress: log.Progress) -> int:
+    """Write a checkpoint of the present step; a full disk costs this checkpoint, not the run."""
+    state = {
+        "step": run.step,
+        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "data": _data_state(run),
+        "model": run.config.model.as_fields(),
+        "config": json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"})),
+    }
+    folder = dcp.step_folder(run.checkpoints, run.step)
+    try:
+        dcp.save(folder, state_tensors(run.model, run.optimizer), state)
+    except OutOfMemory as error:
+        if run.step == run.total_steps or dcp.latest(run.checkpoints) is None:
+            raise
+        progress.newline()
+        log.say(f"[yellow]{error} The run goes on; {dcp.latest(run.checkpoints)} is kept.[/]")
+        return run.step
+    dcp.prune(run.checkpoints, run.config.checkpoint.keep)
+    return run.step
+
+
+def _data_state(run: Run) -> dict[str, Any]:
+    # The position is the step: order is a pure function of (seed, step) over these tokens, cut like this.
+    config = run.config
+    return {
+        "tokens": run.loader.num_rows,
+        "tokenizer": run.tokenizer.sha256,
+        "seq_length": config.data.seq_length,
+        "shuffle": config.data.shuffle,
+        "seed": config.train.seed,
+        "global_batch_sequences": config.train.global_batch_sequences,
+    }
+
+
+def _resume(run: Run, folder: Path) -> None:
+    """Restore step, weights, optimizer and RNG, or say what no longer agrees with the checkpoint."""
+    state = dcp.read_state(folder)
+    for name, now, then in (
+        *((f"model.{k}", v, state["model"].get(k)) for k, v in run.config.model.as_fields().items()),
+        *((f"data: {k}", v, state["data"].get(k)) for k, v in _data_state(run).items()),
+    ):
+        if now != then:
+            raise ConfigError(
+                f"{folder} was trained with {name}={then!r} and the config says {now!r}: change it back to resume, "
+                "or choose another run.dir."
+            )
+    dcp.load(folder, state_tensors(run.model, run.optimizer))
+    run.step = state["step"]
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
+    log.say(f"resuming {run.run_dir} at step {run.step}")
+
+
+def _start_profiler() -> Any:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [a for a in torch.profiler.supported_activities() if a not in activities]
+    profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+    profiler.start()
+    return profiler
+
+
+def _write_profile(run: Run, profiler: Any) -> None:
+    profiler.stop()
+    folder = run.run_dir / "profile"
+    folder.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
+    (folder / "slowest.txt").write_text(table + "\n", encoding="utf-8")
+    log.say(f"wrote {folder / 'trace.json'} and {folder / 'slowest.txt'}")

@@ -1,0 +1,24 @@
+"""What every test shares: one thread a worker, property tests that draw the same everywhere, sample data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers with a thread a core each would fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("ostro", derandomize=True, deadline=None, database=None)
+settings.load_profile("ostro")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of sample data and recorded results beside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("sample data and recorded results lie in a folder 'shared' beside the checkout; it is not here")
+    return folder
