@@ -129,11 +129,11 @@ class Profile(Section):
 
     steps: str | None = None
 
-    @field_validator("steps")
+    @field_validator("steps", mode="before")
     @classmethod
-    def _range(cls, value: str | None) -> str | None:
+    def _range(cls, value: Any) -> Any:
         if value is not None:
-            first, dots, last = value.partition("..")
+            first, dots, last = str(value).partition("..")
             if not (dots and first.isdigit() and last.isdigit() and int(first) <= int(last)):
                 raise ValueError("must look like 5..10")
         return value

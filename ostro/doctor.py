@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ostro.data.shards import cache_dir
 from ostro.errors import Error
 
 if TYPE_CHECKING:
@@ -248,12 +249,6 @@ def check_tensorboard() -> Check:
         advice = "pip install 'ostro[tensorboard]' draws curves; metrics.jsonl is written without it."
         return Check("tensorboard", "warn", "not installed", advice)
     return Check("tensorboard", "pass", "installed")
-
-
-def cache_dir() -> Path:
-    """Return where Ostro keeps what can be made again: `ostro` under XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "ostro"
 
 
 def usable_cores() -> int:

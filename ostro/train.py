@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import json
 import math
-import os
 import platform
 import signal
 import time
@@ -144,7 +143,7 @@ def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> 
     raw = [path for path in paths if not token_shards.is_prepared(path)]
     if raw:
         log.say(f"preparing {', '.join(raw)} (cached for the next time)")
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ostro" / "prepared"
+        cache = token_shards.cache_dir() / "prepared"
         folders.append(token_shards.prepared(raw, cache, tokenizer=tokenizer, kind=config.data.kind))
     opened = [token_shards.open_shards(folder) for folder in folders]
     for folder, shards in zip(folders, opened, strict=True):
@@ -339,7 +338,7 @@ def _data_state(run: Run) -> dict[str, Any]:
     # The position is the step: order is a pure function of (seed, step) over these tokens, cut like this.
     config = run.config
     return {
-        "tokens": run.loader.num_rows,
+        "rows": run.loader.num_rows,
         "tokenizer": run.tokenizer.sha256,
         "seq_length": config.data.seq_length,
         "shuffle": config.data.shuffle,

@@ -121,9 +121,15 @@ def is_prepared(path: str | Path) -> bool:
         return False
 
 
+def cache_dir() -> Path:
+    """Return where Ostro keeps what can be made again: `ostro` under XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "ostro"
+
+
 def prepared(
     paths: Sequence[str | Path],
-    cache_dir: str | Path,
+    cache: str | Path,
     *,
     tokenizer: Tokenizer,
     kind: str = "auto",
@@ -139,12 +145,12 @@ def prepared(
     for path in paths:
         if is_prepared(path):
             raise DataError(f"{path} is prepared already and cannot be mixed with raw files: name it alone.")
-    with _disk_errors(Path(cache_dir)):
+    with _disk_errors(Path(cache)):
         stats = [(str(path.resolve()), path.stat()) for path in expand(paths)]
     seen = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     key = hashlib.sha256(json.dumps([FORMAT, tokenizer.sha256, specials, kind, seen]).encode()).hexdigest()
-    folder = Path(cache_dir) / key[:16]
+    folder = Path(cache) / key[:16]
     if not is_prepared(folder):
         try:
             prepare(paths, folder, tokenizer=tokenizer, kind=kind, report=report)

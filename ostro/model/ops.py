@@ -67,12 +67,16 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor) -> Ten
 
 
 def linear_cross_entropy(
-    x_TD: Tensor, head_VD: Tensor, labels_T: Tensor, weights_T: Tensor, chunk_tokens: int = 512
+    x_TD: Tensor, head_VD: Tensor, labels_T: Tensor, weights_T: Tensor, chunk_tokens: int = 0
 ) -> Tensor:
     """Return `Σ weight · −log p(label)` with logits `x @ head.T`, never holding more than a chunk of them.
 
-    The gradients are made beside the loss, chunk by chunk, while the logits are at hand (arXiv 2410.10989).
+    The gradients are made beside the loss, chunk by chunk, while the logits are at hand (arXiv 2410.10989). The loss of
+    a label less likely than fp32's smallest number saturates at 87 nats; its gradient does not.
     """
+    if not chunk_tokens:
+        # Measured on two cores at V = 32,000, D = 128: 256 tokens beat 128 and 512 by a fifth. GPUs want tall products.
+        chunk_tokens = 256 if x_TD.device.type == "cpu" else 2048
     head_VD = head_VD.to(x_TD.dtype)
     needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or head_VD.requires_grad)
     return _LinearCrossEntropy.apply(x_TD, head_VD, labels_T, weights_T, chunk_tokens, needs_grad)  # type: ignore[return-value]
@@ -97,12 +101,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, labels, weights = (t[start : start + chunk_tokens] for t in (x_TD, labels_T, weights_T))
             logits = logits_buffer[: len(x)]
             mm(x, head_VD.t(), logits)
-            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            loss -= (log_probs.gather(1, labels[:, None]).squeeze(1) * weights).sum()
+            probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+            label_probs = probs.gather(1, labels[:, None]).squeeze(1)
+            loss -= (label_probs.clamp(min=torch.finfo(torch.float32).tiny).log() * weights).sum()
             if grad_x is None or grad_head is None:
                 continue
             # d loss / d logits = weight · (softmax − one-hot); the weight goes onto the narrow side of each product.
-            grad = log_probs.exp_()
+            grad = probs
             grad[torch.arange(len(x), device=x.device), labels] -= 1.0
             grad = grad.to(x.dtype)
             weights = weights[:, None].to(x.dtype)

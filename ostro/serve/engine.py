@@ -182,6 +182,8 @@ class _Answer:
         self.finish_reason = ""
         self._tokenizer, self._sampling, self._generator = tokenizer, sampling, generator
         self._stream = tokenizer.stream()
+        for token in ids:  # whether the answer begins with a space depends on what stands before it
+            self._stream.push(token)
         self._text = ""
         self._shown = 0
         self._experts: list[int] = []

@@ -1,0 +1,205 @@
+"""A whole training step on the CPU — forward, backward, clip, AdamW — beside transformers' with the same shapes.
+
+Each contender is a process of its own (so that its peak memory is its own) that does one step when told; steps are
+taken in turn. The rate is `torch.mm` of two 4096³ matrices in the same run. FLOPs are 6 per active parameter and token
+(the head included, the embedding not) plus attention.
+
+    python benchmarks/train_cpu.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+# layers, hidden, ffn, heads, kv heads, sequences, tokens a sequence; vocabulary 32,000, 8 experts, 2 a token
+SIZES = {"256 wide": (4, 256, 896, 8, 2, 4, 512), "1024 wide": (4, 1024, 3584, 16, 4, 4, 512)}
+CONTENDERS = ("ostro", "transformers eager", "transformers grouped_mm")
+
+
+def config_of(size: str) -> Any:
+    from ostro.model.settings import ModelConfig
+
+    layers, hidden, ffn, heads, kv_heads, *_ = SIZES[size]
+    return ModelConfig(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )
+
+
+def ostro_step(size: str, precision: str) -> Any:
+    """Return a function that does one step of ours."""
+    import torch
+
+    from ostro.config import Optim
+    from ostro.model.mixtral import Mixtral
+    from ostro.model.settings import MoeConfig
+    from ostro.model.spans import spans_of
+    from ostro.optim import build_optimizer, clip_grad_norm
+    from ostro.weights.store import RandomReader, load_into
+
+    config = config_of(size)
+    *_, sequences, length = SIZES[size]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = Mixtral(config, MoeConfig(), dtype)
+    load_into(model, RandomReader(config))
+    optimizer = build_optimizer(model, config, Optim())
+    tokens = torch.randint(32000, (sequences * length,))
+    weights = torch.ones(len(tokens))
+
+    def step() -> None:
+        spans = spans_of([length] * sequences, balance_scale=1 / len(tokens))
+        (model.loss(tokens, spans, tokens.roll(-1), weights) / len(tokens)).backward()
+        clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def transformers_step(size: str, precision: str, experts: str) -> Any:
+    """Return a function that does one step of transformers', at its own defaults: no balancing loss."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    fields = config_of(size).as_fields()
+    theta = fields.pop("rope_theta")
+    *_, sequences, length = SIZES[size]
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            **fields,
+            rope_parameters={"rope_theta": theta, "rope_type": "default"},
+            attn_implementation="sdpa",
+            experts_implementation=experts,
+        )
+    )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokens = torch.randint(32000, (sequences, length))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def work(contender: str, size: str, precision: str) -> None:
+    """Do a step for each line read, and print its seconds and the process's peak memory in bytes."""
+    import torch
+
+    torch.manual_seed(0)
+    if contender == "ostro":
+        step = ostro_step(size, precision)
+    else:
+        step = transformers_step(size, precision, contender.split()[1])
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+def measure(size: str, precision: str, steps: int) -> list[dict[str, Any]]:
+    """Take `steps` steps of every contender in turn, after one each that does not count."""
+    command = [sys.executable, __file__, "--work"]
+    workers = {
+        name: subprocess.Popen([*command, name, size, precision], stdin=-1, stdout=-1, text=True) for name in CONTENDERS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    peak: dict[str, int] = {}
+    for turn in range(steps + 1):
+        for name, worker in workers.items():
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            took, memory = worker.stdout.readline().split()
+            peak[name] = int(memory)
+            if turn:
+                seconds[name].append(float(took))
+    for worker in workers.values():
+        worker.communicate()
+    *_, sequences, length = SIZES[size]
+    return [
+        {
+            "size": size,
+            "precision": precision,
+            "contender": name,
+            "tokens_per_second": sequences * length / statistics.median(seconds[name]),
+            "seconds": seconds[name],
+            "peak_memory_bytes": peak[name],
+        }
+        for name in CONTENDERS
+    ]
+
+
+def rate(precision: str) -> float:
+    """Return the FLOP/s of a product of two 4096³ matrices, the best of three."""
+    import torch
+
+    matrix = torch.ones(4096, 4096, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - start)
+    return 2 * 4096**3 / min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the small size, three steps")
+    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        return work(*options.work)
+
+    from ostro import device
+    from ostro.model import layout
+
+    rows = []
+    print(
+        f"{'size':10} {'precision':9} {'contender':24} {'tokens/s':>9} {'spread':>13} {'of the rate':>11} {'memory':>7}"
+    )
+    for precision in ("fp32", "bf16"):
+        if precision == "bf16" and not device.bf16_is_fast():
+            # torch multiplies bf16 some hundred times slower than fp32 here: transformers would take minutes a step.
+            print("bf16: not measured, this CPU has no units for it")
+            continue
+        fastest = rate(precision)
+        for size in list(SIZES)[: 1 if options.quick else None]:
+            *_, sequences, length = SIZES[size]
+            flops = layout.training_flops(config_of(size), [length] * sequences)
+            for row in measure(size, precision, 3 if options.quick else 7):
+                took = row["seconds"]
+                row["share_of_rate"] = flops / statistics.median(took) / fastest
+                rows.append(row)
+                spread = f"{min(took):.2f}–{max(took):.2f} s"
+                print(
+                    f"{size:10} {precision:9} {row['contender']:24} {row['tokens_per_second']:9,.0f} {spread:>13} "
+                    f"{row['share_of_rate']:11.0%} {row['peak_memory_bytes'] / 1e9:4.1f} GB"
+                )
+        print(f"{precision}: torch.mm reaches {fastest / 1e12:.3f} TFLOP/s")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""The main job, end to end, on text that every machine has: the source of Python's standard library.
+
+Prepare, train a small Mixtral, kill it, resume it, score it, export it, check the export, let it write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import rich
+import torch
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ostro import device, log, report, weights
+from ostro.config import load_config
+from ostro.data import shards as token_shards
+from ostro.data.shards import Shards
+from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
+from ostro.evaluate import Evaluation, evaluate
+from ostro.model import layout
+from ostro.serve.engine import Completion, Engine, load_model
+from ostro.serve.sampling import Sampling
+from ostro.verify import verify
+from ostro.weights import dcp
+
+# What training may take, and the share of the machine's matrix rate that a step of this size reaches; the steps lost to
+# the kill and the start of two processes come on top.
+_TRAIN_SECONDS = 64.0
+_SHARE_OF_RATE = 0.42
+_MAX_STEPS = 1200
+# The run is cut into this many stretches with a checkpoint after each, and killed in the middle of the seventh.
+_STRETCHES = 12
+_KILLED_AFTER = 6
+_SEQ_LENGTH = 256
+_HELD_OUT_BYTES = 180_000
+_PROMPTS = ("import os\n", "def read(self, ", "class Error(", "    if not isinstance(", "    for name in ", "    # ")
+_COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_green")
+_MARKER = ".ostro-demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """Bits per byte of the held-out text under models that only count, and under gzip."""
+
+    unigram: float
+    bigram: float
+    gzip: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What the demo found, as its last page shows it."""
+
+    steps: int
+    train_seconds: float
+    last: dict[str, float]
+    evaluation: Evaluation
+    baselines: Baselines
+    digest: str
+    undisturbed_digest: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+def demo(folder: Path, total_steps: int | None = None) -> Summary:
+    """Run everything into `folder` and return what the last page shows; takes about two minutes on two cores.
+
+    The number of training steps follows from this machine's rate unless given (a multiple of 12, at least 24).
+    """
+    start = time.monotonic()
+    _clear(folder)
+    tokenizer = load_tokenizer("v1")
+    _title(1, "prepare: the standard library's own source, with the real Mixtral tokenizer")
+    corpus = _prepare(folder, tokenizer)
+    total_steps = total_steps or _num_steps()
+    _title(2, f"train a Mixtral of 8 experts for {total_steps} steps; it is killed on the way and resumed")
+    training = time.monotonic()
+    undisturbed, digest = _train(folder, total_steps)
+    train_seconds = time.monotonic() - training
+    _title(3, "evaluate on files it has not seen")
+    run_dir = folder / "run"
+    model = load_model(run_dir)
+    evaluation = evaluate(model, [corpus.held_out], _SEQ_LENGTH)
+    baselines = _baselines(corpus)
+    rich.print(f"{evaluation.bits_per_byte:.3f} bits per byte; counting single tokens gives {baselines.unigram:.3f}")
+    _title(4, "export to Hugging Face's format, load it back, compare")
+    exported = folder / "hf"
+    weights.convert(run_dir, exported, to="hf", tokenizer=tokenizer.save)
+    _require_equal(run_dir, exported)
+    _title(5, "write: each colour is the expert of the last layer that wrote the token")
+    _write(Engine(load_model(exported), load_tokenizer(exported)))
+    rows = log.read_metrics(run_dir / "metrics.jsonl")
+    nats_a_bit_a_byte = math.log(2) * evaluation.num_bytes / evaluation.num_tokens
+    report.draw_run(
+        run_dir, folder / "demo.png", references={"unigram, held out": baselines.unigram * nats_a_bit_a_byte}
+    )
+    summary = Summary(
+        steps=total_steps,
+        train_seconds=train_seconds,
+        last=rows[-1],
+        evaluation=evaluation,
+        baselines=baselines,
+        digest=digest,
+        undisturbed_digest=undisturbed,
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+    _page(folder, corpus, summary)
+    return summary
+
+
+def _title(number: int, text: str) -> None:
+    rich.print(f"\n[bold]{number}. {text}[/]")
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARKER).exists():
+        raise ConfigError(f"{folder} is not empty and not an earlier demo: choose another with --dir.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _MARKER).touch()
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token shards of the training files and of the held-out ones, and the latter's text."""
+
+    train: Shards
+    held_out: Shards
+    held_out_bytes: bytes
+
+
+def _sources() -> Iterator[Path]:
+    """Yield the standard library's modules, its tests left out, that are UTF-8 and not empty."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(parts[:-1]):
+            continue
+        try:
+            if path.read_text(encoding="utf-8").strip():
+                yield path
+        except (OSError, UnicodeDecodeError):
+            continue
+
+
+def _prepare(folder: Path, tokenizer: Tokenizer) -> Corpus:
+    start = time.monotonic()
+    train, held_out, held_out_bytes = [], [], b""
+    for path in _sources():
+        # By a hash of its name, so that the same files are held out on every machine with this Python.
+        is_twentieth = hashlib.sha256(path.name.encode()).digest()[0] < 256 // 20
+        content = path.read_bytes()
+        if is_twentieth and len(held_out_bytes) + len(content) <= _HELD_OUT_BYTES:
+            held_out.append(path)
+            held_out_bytes += content
+        else:
+            train.append(path)
+    if not train or not held_out:
+        raise DataError("this Python has no standard library source to learn from: run the demo with another one.")
+    for paths, name in ((train, "train"), (held_out, "held_out")):
+        token_shards.prepare(paths, folder / "data" / name, tokenizer=tokenizer, kind="text")
+    opened = [token_shards.open_shards(folder / "data" / name) for name in ("train", "held_out")]
+    rich.print(
+        f"{len(train)} files, {opened[0].num_tokens:,} tokens for training; {len(held_out)} files, "
+        f"{opened[1].num_tokens:,} tokens held out; {time.monotonic() - start:.1f} s"
+    )
+    return Corpus(opened[0], opened[1], held_out_bytes)
+
+
+def _num_steps() -> int:
+    """Return as many steps of recipe `tiny` as this machine does in `_TRAIN_SECONDS`."""
+    config = load_config("tiny")
+    lengths = [_SEQ_LENGTH] * config.train.global_batch_sequences
+    rate = device.peak_flops(torch.device("cpu"), torch.float32)
+    steps = int(_TRAIN_SECONDS * _SHARE_OF_RATE * rate / layout.training_flops(config.model, lengths))
+    return min(_MAX_STEPS, max(2 * _STRETCHES, steps // _STRETCHES * _STRETCHES))
+
+
+def _train(folder: Path, total_steps: int) -> tuple[str, str]:
+    """Train, kill with SIGKILL in mid-stretch, set the newest checkpoint aside, resume from the one before.
+
+    Returns two digests of the weights after the sixth stretch: as the first process left them undisturbed, and as
+    the resumed one arrived at them.
+    """
+    stretch = total_steps // _STRETCHES
+    compared = dcp.step_folder(folder / "run" / "checkpoints", stretch * _KILLED_AFTER)
+    aside = folder / "undisturbed" / compared.name
+    command = [sys.executable, "-m", "ostro", "train", "tiny", *_overrides(folder, total_steps, stretch)]
+    with _child(command) as first:
+        _wait_for_step(first, folder / "run", stretch * _KILLED_AFTER + max(1, stretch // 2))
+        first.send_signal(signal.SIGKILL)
+    first.wait()
+    rich.print("\n[bold red]SIGKILL[/] — the newest checkpoint is set aside; the run goes on from the one before")
+    aside.parent.mkdir()
+    compared.rename(aside)
+    undisturbed = weights.digest(weights.open_reader(aside))
+    with _child(command) as second:
+        while not compared.exists() and second.poll() is None:
+            time.sleep(0.05)
+        digest = weights.digest(weights.open_reader(compared)) if compared.exists() else "never written"
+        second.wait()
+    if second.returncode:
+        raise TrainError(f"the resumed run ended with exit code {second.returncode}; its lines above say why.")
+    shutil.rmtree(aside.parent)
+    step = stretch * _KILLED_AFTER
+    rich.print(f"weights at step {step}, undisturbed:       sha256 {undisturbed[:32]}…")
+    rich.print(f"weights at step {step}, killed and resumed: sha256 {digest[:32]}…")
+    if digest != undisturbed:
+        raise Error("the resumed run did not arrive at the same weights: please report it with `ostro doctor`'s lines.")
+    return undisturbed, digest
+
+
+def _overrides(folder: Path, total_steps: int, stretch: int) -> list[str]:
+    return [
+        f"data.path={folder / 'data' / 'train'}",
+        f"data.eval_path={folder / 'data' / 'held_out'}",
+        f"data.seq_length={_SEQ_LENGTH}",
+        f"train.steps={total_steps}",
+        f"checkpoint.every={stretch}",
+        f"run.dir={folder / 'run'}",
+        f"run.log_every={stretch}",
+    ]
+
+
+def _child(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=os.environ | {"OSTRO_DEMO": "1"})
+
+
+def _wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.02)
+    raise TrainError(f"the training process ended with exit code {process.returncode}; its lines above say why.")
+
+
+def _baselines(corpus: Corpus) -> Baselines:
+    """Count tokens, and pairs of them, over the whole training corpus: more than the model gets to see.
+
+    Pairs are smoothed towards single tokens with weight 100 (MacKay and Peto 1995, a Dirichlet prior).
+    """
+    vocab = corpus.train.manifest.vocab_size
+    tokens = corpus.train.tokens(0, corpus.train.num_tokens).astype(np.int64)
+    unigram_V = np.bincount(tokens, minlength=vocab) + 1.0
+    unigram_V /= unigram_V.sum()
+    pairs, counts = np.unique(tokens[:-1] * vocab + tokens[1:], return_counts=True)
+    held = corpus.held_out.tokens(0, corpus.held_out.num_tokens).astype(np.int64)
+    inside = np.ones(len(held) - 1, dtype=bool)
+    inside[np.asarray(corpus.held_out.document_ends)[:-1] - 1] = False  # a document's first token is not scored
+    first, second = held[:-1][inside], held[1:][inside]
+    at = np.minimum(np.searchsorted(pairs, first * vocab + second), len(pairs) - 1)
+    seen = np.where(pairs[at] == first * vocab + second, counts[at], 0)
+    firsts_V = np.bincount(tokens[:-1], minlength=vocab)
+    bigram = (seen + 100 * unigram_V[second]) / (firsts_V[first] + 100)
+    num_bytes = len(corpus.held_out_bytes)
+    return Baselines(
+        unigram=float(-np.log2(unigram_V[second]).sum()) / num_bytes,
+        bigram=float(-np.log2(bigram).sum()) / num_bytes,
+        gzip=8 * len(zlib.compress(corpus.held_out_bytes, 9)) / num_bytes,
+    )
+
+
+def _require_equal(a: Path, b: Path) -> None:
+    result = verify(a, b)
+    if not result.is_equal or result.logits != 0:
+        raise WeightsError(f"{b} does not hold what {a} holds: please report it.")
+    count = sum(row.num_tensors for row in result.differences)
+    rich.print(f"{b}: all {count} tensors equal bit for bit, and the logits too")
+
+
+def _write(engine: Engine) -> None:
+    sampling = Sampling(max_new_tokens=40, temperature=0.7, top_p=0.9, repetition_penalty=1.15, seed=7)
+    for completion in engine.generate(_PROMPTS, sampling):
+        rich.print(_coloured(engine.tokenizer, completion))
+        rich.print(Text("─" * 60, style="dim"))
+
+
+def _coloured(tokenizer: Tokenizer, completion: Completion) -> Text:
+    text = Text(completion.prompt, style="dim")
+    stream = tokenizer.stream()
+    for token in tokenizer.encode(completion.prompt, bos=True):
+        stream.push(token)
+    for token, expert in zip(completion.token_ids, completion.experts, strict=True):
+        text.append(stream.push(token), style=_COLOURS[expert % len(_COLOURS)])
+    return text.append(stream.flush())
+
+
+def _peak_memory_bytes() -> int:
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return scale * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def next_commands(folder: Path) -> list[str]:
+    """Return the commands the last page proposes; a test runs each."""
+    return [
+        f'ostro generate {folder}/hf "import os" --max-new-tokens 60 --temperature 0.8',
+        f"ostro evaluate {folder}/run {folder}/data/held_out --seq-length {_SEQ_LENGTH}",
+        f"ostro verify {folder}/run {folder}/hf",
+        f"ostro train tiny data.path={folder}/data/train train.steps=2 model.num_hidden_layers=2 run.dir={folder}/mine",
+        "ostro recipes ls",
+    ]
+
+
+def _page(folder: Path, corpus: Corpus, summary: Summary) -> None:
+    last, found, base = summary.last, summary.evaluation, summary.baselines
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("text", f"{corpus.train.num_tokens:,} tokens of the standard library, {found.num_tokens:,} held out"),
+        ("training", f"{summary.steps} steps, {last['tokens']:,} tokens, {summary.train_seconds:.0f} s with the kill"),
+        ("speed", f"{last['tokens_per_second']:,.0f} tokens/s, {last['mfu']:.0%} of this machine's matrix rate"),
+        ("resumed", f"same weights, bit for bit: {summary.digest[:16]}… = {summary.undisturbed_digest[:16]}…"),
+        (
+            "bits per byte",
+            f"[bold]{found.bits_per_byte:.3f}[/], {found.bits_per_byte / base.unigram:.0%} of the unigram's",
+        ),
+        (
+            "counted",
+            f"unigram {base.unigram:.3f}, bigram {base.bigram:.3f}, over all training text; gzip -9 {base.gzip:.3f}",
+        ),
+        ("expert load", f"{max(max(loads) for loads in found.expert_load):.0%} at most, an even share is 12.5%"),
+        ("export", f"{folder / 'hf'}: equal to the run, ready for transformers"),
+        ("picture", f"{folder / 'demo.png'}"),
+        ("all of it", f"{summary.seconds:.0f} s, {summary.peak_memory_bytes / 1e9:.1f} GB of memory at most"),
+    ):
+        table.add_row(Text(name, style="dim"), value)
+    rich.print()
+    rich.print(Panel(table, title="ostro demo", expand=False))
+    rich.print("next:")
+    for command in next_commands(folder):
+        print(f"  {command}")
