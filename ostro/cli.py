@@ -290,14 +290,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _foreign(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, click.Abort):
+    if isinstance(error, typer.Abort):
         return _fail("interrupted.", 130)
-    if isinstance(error, click.ClickException):
-        error.show()
+    show = getattr(error, "show", None)
+    if show is not None:  # a usage error, of click or of the copy of it that newer typers carry
+        show()
         return 2
     if "out of memory" in str(error).lower():
         return _fail(f"the device's memory is not enough: {error}", 4)

@@ -44,14 +44,18 @@ def draw_run(run_dir: Path, file: Path, *, references: dict[str, float] | None =
 
 def _draw_loss(axes: Any, rows: list[dict[str, Any]], references: dict[str, float]) -> None:
     tokens = [row["tokens"] / 1e3 for row in rows]
-    axes.plot(tokens, [row["loss"] for row in rows], color=_LINE, linewidth=1.2, label="training")
+    losses = [row["loss"] for row in rows]
+    axes.plot(tokens, losses, color=_LINE, linewidth=0.6, alpha=0.35)
+    axes.plot(tokens, _smooth(losses), color=_LINE, linewidth=1.6, label="training")
     held_out = [(row["tokens"] / 1e3, row["eval_loss"]) for row in rows if "eval_loss" in row]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color=_HELD_OUT, markersize=4, linewidth=1.2, label="held out")
         axes.legend(frameon=False, loc="upper right")
     for name, loss in references.items():
         axes.axhline(loss, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.annotate(name, (tokens[0], loss), xytext=(2, 2), textcoords="offset points", color=_FAINT, fontsize=8)
+        axes.annotate(
+            name, (tokens[-1], loss), xytext=(0, 3), textcoords="offset points", ha="right", color=_INK, fontsize=8
+        )
     axes.set_xlabel("thousand tokens")
     axes.set_ylabel("loss, nats a token")
 
@@ -59,7 +63,11 @@ def _draw_loss(axes: Any, rows: list[dict[str, Any]], references: dict[str, floa
 def _draw_load(figure: Any, axes: Any, rows: list[dict[str, Any]]) -> None:
     num_experts = len(rows[0]["expert_load"][0])
     # One row a layer and expert, in bands of layers: the eye finds an expert that starves or feasts.
-    load = [[row["expert_load"][layer][e] * num_experts for row in rows] for layer, e in _cells(rows[0])]
+    columns = [rows[i : i + _stride(rows)] for i in range(0, len(rows), _stride(rows))]
+    load = [
+        [num_experts * sum(row["expert_load"][layer][e] for row in column) / len(column) for column in columns]
+        for layer, e in _cells(rows[0])
+    ]
     extent = (rows[0]["tokens"] / 1e3, rows[-1]["tokens"] / 1e3, len(load), 0)
     image = axes.imshow(
         load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest", rasterized=True
@@ -73,6 +81,17 @@ def _draw_load(figure: Any, axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_ylabel(f"layer, {num_experts} experts each")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 2], label="load, 1 is an even share")
     bar.outline.set_visible(False)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Return the mean over the twentieth of the run around each step."""
+    reach = len(values) // 40
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _stride(rows: list[dict[str, Any]]) -> int:
+    return max(1, len(rows) // 120)
 
 
 def _cells(row: dict[str, Any]) -> list[tuple[int, int]]:

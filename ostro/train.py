@@ -81,8 +81,7 @@ def train(config: Config) -> Outcome:
     A run directory that holds checkpoints is resumed from the newest whole one, to the same bits an undisturbed run
     gives. A loss or gradient that is not finite raises TrainError before anything is updated.
     """
-    run = set_up(config)
-    return _loop(run)
+    return _loop(set_up(config))
 
 
 def set_up(config: Config) -> Run:

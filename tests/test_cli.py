@@ -165,7 +165,7 @@ def test_damaged_weights_end_with_a_sentence_and_exit_5(
         (["prepare", "empty", "--out", "out"], 3, "empty"),
         (["prepare", "bad.jsonl", "--out", "out"], 3, "bad.jsonl line 2"),
         (["prepare", "latin.txt", "--out", "out"], 3, "latin.txt"),
-        (["prepare", "good.txt", "--out", "out", "--tokenizer", "v9"], 2, "v9"),
+        (["prepare", "good.txt", "--out", "out", "--tokenizer", "v9"], 3, "neither v1 nor v3"),
         (["prepare", "good.txt", "--out", "out", "--kind", "txt"], 3, "Did you mean 'text'?"),
         (["train", "tinny"], 2, "Did you mean 'tiny'?"),
         (["train", "tiny", "train.stepps=3"], 2, "Did you mean 'steps'?"),

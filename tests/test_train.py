@@ -82,7 +82,7 @@ def test_metrics_have_the_agreed_keys_and_the_loss_falls(undisturbed: Path) -> N
         assert all(sum(loads) == pytest.approx(1.0) for loads in row["expert_load"])
         assert row["aux_loss"] >= 1.99
     assert rows[-1]["tokens"] == 12 * 4 * 64
-    assert rows[-1]["loss"] < rows[0]["loss"] - 1.0
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
 
 
 def test_a_run_directory_is_self_contained(undisturbed: Path) -> None:
@@ -189,7 +189,7 @@ def test_evaluation_and_start_weights(data: Path, undisturbed: Path, tmp_path: P
     train(config(data, tmp_path, *overrides, "optim.learning_rate=0", "optim.min_learning_rate=0"))
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert "eval_loss" not in rows[0]
-    assert rows[1]["eval_loss"] < read_metrics(undisturbed / "metrics.jsonl")[0]["loss"] - 1.0
+    assert rows[1]["eval_loss"] < read_metrics(undisturbed / "metrics.jsonl")[0]["loss"] - 0.5
     assert digest(tmp_path) == digest(undisturbed)
 
 

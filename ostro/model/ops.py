@@ -101,7 +101,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, labels, weights = (t[start : start + chunk_tokens] for t in (x_TD, labels_T, weights_T))
             logits = logits_buffer[: len(x)]
             mm(x, head_VD.t(), logits)
-            probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+            # Softmax over the logits themselves where they are fp32 already: the chunk stays in the cache.
+            in_place = logits if logits.dtype == torch.float32 else None
+            probs = torch.softmax(logits, dim=-1, dtype=torch.float32, out=in_place)
             label_probs = probs.gather(1, labels[:, None]).squeeze(1)
             loss -= (label_probs.clamp(min=torch.finfo(torch.float32).tiny).log() * weights).sum()
             if grad_x is None or grad_head is None:
@@ -126,14 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
         grad_x, grad_head = ctx.saved_tensors
-        return (
-            grad_x * grad_loss.to(grad_x.dtype),
-            grad_head * grad_loss.to(grad_head.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        # In place: they are this backward's alone, and the head's is one of the largest tensors of a step.
+        return grad_x.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:

@@ -91,9 +91,9 @@ class ModelConfig:
         another activation, scaled rotary positions, quantised weights, and values that make no model.
         """
         if found.get("model_type") != "mixtral":
-            raise ConfigError(f"model_type is {found.get('model_type')!r}: Ostro reads 'mixtral'.")
+            raise ConfigError(f"model_type {found.get('model_type')!r}: Ostro reads 'mixtral'.")
         if found.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act is {found['hidden_act']!r}: Mixtral's experts use 'silu'.")
+            raise ConfigError(f"hidden_act {found['hidden_act']!r}: Mixtral's experts use 'silu'.")
         if found.get("quantization_config"):
             raise ConfigError("the weights are quantised: take the unquantised checkpoint.")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -123,12 +123,10 @@ def _hf_rope(found: Mapping[str, Any]) -> dict[str, Any]:
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise ConfigError(f"{key} is {rope!r} where an object or null belongs.")
+            raise ConfigError(f"{key}={rope!r} where an object or null belongs.")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError(
-                f"{key} asks for rotary positions of type {kind!r}: Ostro has the plain ones ('default')."
-            )
+            raise ConfigError(f"rotary positions of type {kind!r} in {key}: Ostro has the plain ones ('default').")
         if "rope_theta" in rope:
             fields["rope_theta"] = rope["rope_theta"]
     return fields
