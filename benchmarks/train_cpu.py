@@ -1,8 +1,8 @@
 """A whole training step on the CPU — forward, backward, clip, AdamW — beside transformers' with the same shapes.
 
-Each contender is a process of its own (so that its peak memory is its own) that does one step when told; steps are
-taken in turn. The rate is `torch.mm` of two 4096³ matrices in the same run. FLOPs are 6 per active parameter and token
-(the head included, the embedding not) plus attention.
+Contenders take turns, each turn a process of its own (so that its peak memory is its own). The rate is `torch.mm` of two
+4096³ matrices in the same run. FLOPs are 6 per active parameter and token (the head included, the embedding not) plus
+attention.
 
     python benchmarks/train_cpu.py [--quick] [--json FILE]
 """
@@ -113,26 +113,20 @@ def work(contender: str, size: str, precision: str) -> None:
         print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 
 
-def measure(size: str, precision: str, steps: int) -> list[dict[str, Any]]:
-    """Take `steps` steps of every contender in turn, after one each that does not count."""
-    command = [sys.executable, __file__, "--work"]
-    workers = {
-        name: subprocess.Popen([*command, name, size, precision], stdin=-1, stdout=-1, text=True) for name in CONTENDERS
-    }
+def measure(size: str, precision: str, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Take `steps` steps of each contender in turn, after one that does not count, and do so `rounds` times.
+
+    Each turn is a process of its own: three models of the larger size with their optimizers do not fit side by side.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    peak: dict[str, int] = {}
-    for turn in range(steps + 1):
-        for name, worker in workers.items():
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            took, memory = worker.stdout.readline().split()
-            peak[name] = int(memory)
-            if turn:
-                seconds[name].append(float(took))
-    for worker in workers.values():
-        worker.communicate()
+    peak: dict[str, int] = dict.fromkeys(CONTENDERS, 0)
+    for _ in range(rounds):
+        for name in CONTENDERS:
+            command = [sys.executable, __file__, "--work", name, size, precision]
+            done = subprocess.run(command, input="step\n" * (steps + 1), stdout=-1, text=True, check=True)
+            lines = [line.split() for line in done.stdout.splitlines()]
+            seconds[name] += [float(took) for took, _ in lines[1:]]
+            peak[name] = max(peak[name], int(lines[-1][1]))
     *_, sequences, length = SIZES[size]
     return [
         {
@@ -162,7 +156,7 @@ def rate(precision: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the small size, three steps")
+    parser.add_argument("--quick", action="store_true", help="the small size, four steps")
     parser.add_argument("--json", help="also write the rows here")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -185,7 +179,7 @@ def main() -> None:
         for size in list(SIZES)[: 1 if options.quick else None]:
             *_, sequences, length = SIZES[size]
             flops = layout.training_flops(config_of(size), [length] * sequences)
-            for row in measure(size, precision, 3 if options.quick else 7):
+            for row in measure(size, precision, *((2, 2) if options.quick else (3, 3))):
                 took = row["seconds"]
                 row["share_of_rate"] = flops / statistics.median(took) / fastest
                 rows.append(row)

@@ -7,6 +7,7 @@ from hf_oracle import AUX_COEF, configs, gradients, pair, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ostro.model.routing import hf_balance
 from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
 
@@ -24,11 +25,15 @@ def test_equals_transformers(config: ModelConfig, seed: int) -> None:
     theirs = oracle(ids, labels=ids, use_cache=False, output_router_logits=True)
     theirs.loss.backward()
 
+    routings = []
+    for block in ours.blocks.values():
+        block.block_sparse_moe.register_forward_hook(lambda _, inputs, outputs: routings.append(outputs[1]))
     spans = spans_of([length], balance_scale=1 / length)
     labels = torch.cat([ids[0, 1:], ids.new_zeros(1)])
     weights = torch.ones(length)
     weights[-1] = 0
     assert relative(ours.logits(ours(ids[0], spans)).detach(), theirs.logits[0].detach()) <= BAR
+    assert relative(hf_balance(routings, spans).detach(), theirs.aux_loss.detach()) <= BAR
     loss = ours.loss(ids[0], spans, labels, weights) / (length - 1)
     loss.backward()
     assert relative(loss.detach(), (theirs.loss - AUX_COEF * theirs.aux_loss).detach()) <= BAR
