@@ -1,6 +1,6 @@
 """A whole training step on the CPU — forward, backward, clip, AdamW — beside transformers' with the same shapes.
 
-Contenders take turns, each turn a process of its own (so that its peak memory is its own). The rate is `torch.mm` of two
+Contenders take turns, each turn a process of its own, so that its peak memory is its own. The rate is `torch.mm` of two
 4096³ matrices in the same run. FLOPs are 6 per active parameter and token (the head included, the embedding not) plus
 attention.
 

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from ostro.model import layout
 from ostro.model.mixtral import Mixtral
+from ostro.model.routing import hf_balance
 from ostro.model.settings import ModelConfig, MoeConfig
+from ostro.model.spans import spans_of
 
 AUX_COEF = 0.02
 
@@ -67,6 +70,37 @@ def gradients(ours: nn.Module, oracle: nn.Module) -> dict[str, float]:
         scale = other.abs().max().item()
         out[name] = (parameter.grad - other).abs().max().item() / (scale if scale > 1e-6 * largest else largest)
     return out
+
+
+def differences(config: ModelConfig, seed: int) -> dict[str, float]:
+    """Compare one forward and backward pass; return the relative difference of everything that comes out."""
+    torch.manual_seed(seed)
+    ours, oracle = pair(config)
+    length = 23
+    ids = torch.randint(config.vocab_size, (1, length))
+    theirs = oracle(ids, labels=ids, use_cache=False, output_router_logits=True)
+    theirs.loss.backward()
+
+    routings = []
+    for block in ours.blocks.values():
+        block.block_sparse_moe.register_forward_hook(lambda _, inputs, outputs: routings.append(outputs[1]))
+    spans = spans_of([length], balance_scale=1 / length)
+    logits = ours.logits(ours(ids[0], spans))
+    balance = hf_balance(routings, spans)
+    weights = torch.ones(length)
+    weights[-1] = 0
+    loss = ours.loss(ids[0], spans, ids[0].roll(-1), weights) / (length - 1)
+    loss.backward()
+    kinds = layout.table(config)
+    found = {
+        "logits": relative(logits.detach(), theirs.logits[0].detach()),
+        "loss": relative(loss.detach(), (theirs.loss - AUX_COEF * theirs.aux_loss).detach()),
+        "balancing loss": relative(balance.detach(), theirs.aux_loss.detach()),
+    }
+    for name, difference in gradients(ours, oracle).items():
+        what = f"gradient of {kinds[name].kind.name}"
+        found[what] = max(found.get(what, 0.0), difference)
+    return found
 
 
 @st.composite
