@@ -88,11 +88,11 @@ def bf16_is_fast() -> bool:
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the rate of a large dense product in FLOP/s: the data sheet's where known, else measured once (0.2 s)."""
+    """Return the rate of a large dense product in FLOP/s: the data sheet's where known, else measured once (0.3 s)."""
     label = name(device)
     for word, tflops in _PEAK_TFLOPS.items():
         if device.type != "cpu" and word in label:
             return tflops * 1e12 * (0.5 if dtype == torch.float32 else 1.0)
     if device.type == "cpu" and dtype != torch.float32 and not bf16_is_fast():
         dtype = torch.float32  # products of 16-bit operands are computed in fp32 there: ops.linear
-    return _rate(device, dtype, 1536 if device.type == "cpu" else 8192, 2)
+    return _rate(device, dtype, 1536 if device.type == "cpu" else 8192, 5)

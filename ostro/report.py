@@ -53,9 +53,9 @@ def _draw_loss(axes: Any, rows: list[dict[str, Any]], references: dict[str, floa
         axes.legend(frameon=False, loc="upper right")
     for name, loss in references.items():
         axes.axhline(loss, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.annotate(
-            name, (tokens[-1], loss), xytext=(0, 3), textcoords="offset points", ha="right", color=_INK, fontsize=8
-        )
+        above = loss == max(references.values())
+        place = {"xytext": (0, 3 if above else -11), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        axes.annotate(name, (tokens[-1], loss), color=_INK, **place)
     axes.set_xlabel("thousand tokens")
     axes.set_ylabel("loss, nats a token")
 
