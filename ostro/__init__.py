@@ -1,4 +1,4 @@
-"""Ostro takes Mixtral from text to a served model.
+"""Ostro takes Mixtral from text to a model that writes.
 
 The names below are loaded on first use, so that `import ostro` costs nothing. The two verbs that share
 their name with a module, `ostro.train.train` and `ostro.evaluate.evaluate`, are taken from there: an

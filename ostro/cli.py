@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ostro",
-    help="Mixtral from text to a served model.",
+    help="Mixtral from text to a model that writes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,7 +28,7 @@ Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or a run
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="v1, v3, a .model, a tokenizer.json, or a folder.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, bf16 or fp32.")]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 
 
 @app.command()
@@ -215,7 +215,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Each prompt draws from a generator of its own with this seed.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
     tokenizer: TokenizerOption = None,
     dtype: Dtype = "auto",
@@ -264,7 +264,7 @@ def _write_completions(completions: list[Completion], out: Path | None) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
 ) -> None:
-    """Mixtral from text to a served model."""
+    """Mixtral from text to a model that writes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -296,7 +296,7 @@ def _foreign(error: Exception) -> int:
     if show is not None:  # a usage error, of click or of the copy of it that newer typers carry
         show()
         return 2
-    if "out of memory" in str(error).lower():
+    if any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "tried to allocate")):
         return _fail(f"the device's memory is not enough: {error}", 4)
     return _fail(f"{type(error).__name__}: {error} (a bug of Ostro's; --debug shows where)", 1)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ostro.errors import ConfigError, nearest
 from ostro.model.settings import ModelConfig, MoeConfig
@@ -81,6 +81,15 @@ class Optim(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _falls(self) -> Optim:
+        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}, so the rate "
+                "would rise: lower it too"
+            )
+        return self
 
 
 class Moe(Section):
@@ -324,6 +333,8 @@ def _sentence(key: str, problem: Any) -> str:
         place = f"section {section}" if section else "a recipe"
         return f"{key} is not a key of {place}; known: {', '.join(known)}.{nearest(key.rpartition('.')[2], known)}"
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # of the section as a whole
+        return f"{key}.{message}."
     return f"{key}={problem['input']!r} is refused: {message[0].lower()}{message[1:]}."
 
 

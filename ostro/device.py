@@ -48,6 +48,13 @@ def set_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of the device, or of this machine for the CPU and where a device does not tell."""
+    if is_cuda(device):
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory this process has held: the device's own, or the resident set on a CPU."""
     if is_cuda(device):

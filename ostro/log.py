@@ -102,7 +102,8 @@ class Progress:
         left = (self.total_steps - step) * (time.monotonic() - self.start) / self.done
         text = (
             f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {row['mfu']:.0%} of the machine's rate  {_clock(left)} left"
+            + (f"held out {row['eval_loss']:.4f}  " if "eval_loss" in row else "")
+            + f"{row['tokens_per_second']:,.0f} tokens/s  {row['mfu']:.0%} of the machine's rate  {_clock(left)} left"
         )
         if self.is_terminal:
             end = "\n" if step == self.total_steps else ""

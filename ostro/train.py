@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import math
+import os
 import platform
 import signal
 import time
@@ -90,6 +91,7 @@ def set_up(config: Config) -> Run:
         raise ConfigError("data.path is empty: name prepared data or text, as in data.path=corpus.txt.")
     run_dir = Path(config.run.dir)
     device = devices.accelerator()
+    _check(config, run_dir, device)
     devices.set_deterministic(device)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -126,6 +128,23 @@ def set_up(config: Config) -> Run:
         load_into(model, open_reader(path) if path else RandomReader(config.model, config.train.seed))
     _write_run_files(run)
     return run
+
+
+def _check(config: Config, run_dir: Path, device: torch.device) -> None:
+    """Refuse what is certain to fail later: a run directory that is another's, no data to evaluate on, no memory."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir} is a file: choose a folder.")
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "config.yaml").exists():
+        raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
+    if config.train.eval_every and not config.data.eval_path:
+        raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
+    # fp32 weights, gradients and two moments; activations come on top.
+    needed, there = 16 * layout.num_parameters(config.model), devices.memory_bytes(device)
+    if needed > there:
+        raise OutOfMemory(
+            f"training this model takes at least {needed / 1e9:,.0f} GB and {devices.name(device)} has "
+            f"{there / 1e9:,.0f} GB: choose a smaller model, for instance model.num_hidden_layers=2."
+        )
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -182,7 +201,10 @@ def _total_steps(config: Config, loader: Loader) -> int:
 
 
 def _write_run_files(run: Run) -> None:
-    run.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={run.run_dir} cannot be made: {error.strerror}.") from None
     (run.run_dir / "config.yaml").write_text(run.config.as_yaml(), encoding="utf-8")
     from importlib.metadata import version
 
@@ -190,7 +212,8 @@ def _write_run_files(run: Run) -> None:
     versions = {name: version(name) for name in names} | {"python": platform.python_version()}
     (run.run_dir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
     if not (run.run_dir / "tokenizer").exists():
-        run.tokenizer.save(run.run_dir / "tokenizer")
+        run.tokenizer.save(run.run_dir / "tokenizer.partial")
+        (run.run_dir / "tokenizer.partial").rename(run.run_dir / "tokenizer")
 
 
 def train_step(run: Run) -> StepStats:
@@ -287,15 +310,16 @@ def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dic
 
 
 class _Signals:
-    """Between enter and exit, SIGTERM and SIGINT are noted in `caught`; a second SIGINT interrupts at once."""
+    """Between enter and exit, SIGTERM and SIGINT are noted in `caught`; a second one does not tear the save."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.caught is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.caught is None:
+            # Past Python's buffers: a signal may arrive in the middle of a print.
+            os.write(2, b"\nstopping after this step, then saving; kill -9 stops without\n")
         self.caught = number
 
     def __enter__(self) -> _Signals:
@@ -337,12 +361,12 @@ def _data_state(run: Run) -> dict[str, Any]:
     # The position is the step: order is a pure function of (seed, step) over these tokens, cut like this.
     config = run.config
     return {
-        "rows": run.loader.num_rows,
-        "tokenizer": run.tokenizer.sha256,
-        "seq_length": config.data.seq_length,
-        "shuffle": config.data.shuffle,
-        "seed": config.train.seed,
-        "global_batch_sequences": config.train.global_batch_sequences,
+        "data.tokenizer (sha256)": run.tokenizer.sha256,
+        "data.seq_length": config.data.seq_length,
+        "data.path (rows)": run.loader.num_rows,
+        "data.shuffle": config.data.shuffle,
+        "train.seed": config.train.seed,
+        "train.global_batch_sequences": config.train.global_batch_sequences,
     }
 
 
@@ -351,7 +375,7 @@ def _resume(run: Run, folder: Path) -> None:
     state = dcp.read_state(folder)
     for name, now, then in (
         *((f"model.{k}", v, state["model"].get(k)) for k, v in run.config.model.as_fields().items()),
-        *((f"data: {k}", v, state["data"].get(k)) for k, v in _data_state(run).items()),
+        *((k, v, state["data"].get(k)) for k, v in _data_state(run).items()),
     ):
         if now != then:
             raise ConfigError(
@@ -359,8 +383,11 @@ def _resume(run: Run, folder: Path) -> None:
                 "or choose another run.dir."
             )
     dcp.load(folder, state_tensors(run.model, run.optimizer))
-    run.step = state["step"]
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
+    run.step = state["step"]
+    if run.step >= run.total_steps:
+        log.say(f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do")
+        return
     log.say(f"resuming {run.run_dir} at step {run.step}")
 
 

@@ -50,14 +50,14 @@ def test_defaults_are_mixtral_8x7b(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["optim.learning_rate=1e-4", "model.hidden_size=64", "train.seed=7"],
-        ["--optim.learning_rate", "1e-4", "--model.hidden_size", "64", "--train.seed", "7"],
-        ["--optim.learning_rate=1e-4", "--model.hidden_size=64", "--train.seed=7"],
+        ["optim.learning_rate=2e-3", "model.hidden_size=64", "train.seed=7"],
+        ["--optim.learning_rate", "2e-3", "--model.hidden_size", "64", "--train.seed", "7"],
+        ["--optim.learning_rate=2e-3", "--model.hidden_size=64", "--train.seed=7"],
     ],
 )
 def test_overrides_of_all_three_spellings(arguments: list[str]) -> None:
     loaded = load_config("tiny", arguments)
-    assert loaded.optim.learning_rate == 1e-4
+    assert loaded.optim.learning_rate == 2e-3
     assert loaded.model.hidden_size == 64
     assert loaded.model.head_dim == 16  # follows hidden_size
     assert loaded.model.num_local_experts == 8  # the rest of the preset stays
@@ -107,6 +107,7 @@ REFUSED = {
     "train.recompute=full": r"train.recompute='full' cannot be had: recomputing",
     "moe.capacity_factor=1.1": r"moe.capacity_factor=1.1 cannot be had: this version is dropless",
     "weights.upcycle=true": r"weights.upcycle=True cannot be had",
+    "optim.learning_rate=1e-5": r"optim.min_learning_rate=0.0012 is above learning_rate=1e-05, so the rate would rise",
     "profile.steps=5": r"profile.steps=5 is refused: must look like 5..10",
     "data.path.x=1": r"data.path.x cannot be set: data.path is \[\], not a section",
     "train": r"'train' is not an override; write section.key=value",

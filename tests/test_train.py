@@ -17,7 +17,7 @@ from ostro import weights
 from ostro.config import Config, load_config
 from ostro.data.shards import prepare
 from ostro.data.tokenizer import load_tokenizer
-from ostro.errors import ConfigError, DataError, TrainError
+from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.log import read_metrics
 from ostro.train import set_up, train, train_step
 from ostro.weights import dcp
@@ -132,6 +132,8 @@ def test_a_signal_saves_and_leaves(data: Path, undisturbed: Path, tmp_path: Path
     process = launch(data, tmp_path)
     wait_for_step(process, tmp_path, 5)
     process.send_signal(number)
+    time.sleep(0.02)
+    process.send_signal(number)  # impatience must not tear the save
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + number, output
     assert "the same command goes on from there" in output
@@ -208,6 +210,8 @@ def test_a_profile_is_a_trace_and_a_table(data: Path, tmp_path: Path) -> None:
         ("data.seq_length=900000", DataError, r"data.seq_length=900000 asks for more than the"),
         ("data.path=nowhere", DataError, r"nowhere"),
         ("data.path=", ConfigError, r"data.path is empty"),
+        ("train.eval_every=2", ConfigError, r"train.eval_every=2 needs data.eval_path"),
+        ("model=mixtral-8x7b", OutOfMemory, r"training this model takes at least 747 GB and"),
         ("checkpoint.resume=must", ConfigError, r"holds no whole checkpoint to resume from"),
         ("weights.path=nowhere", Exception, r"nowhere does not exist"),
     ],
@@ -221,7 +225,7 @@ def test_refusals(data: Path, tmp_path: Path, override: str, error: type[Excepti
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("train.seed=9", r"data: seed=0 and the config says 9: change it back to resume"),
+        ("train.seed=9", r"train.seed=0 and the config says 9: change it back to resume"),
         ("model.num_hidden_layers=3", r"model.num_hidden_layers=2 and the config says 3"),
         ("checkpoint.resume=never", r"already holds step-00000012 and checkpoint.resume=never"),
     ],
@@ -229,6 +233,25 @@ def test_refusals(data: Path, tmp_path: Path, override: str, error: type[Excepti
 def test_a_changed_config_does_not_resume(data: Path, undisturbed: Path, override: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         train(config(data, undisturbed, override))
+
+
+def test_a_run_is_not_mixed_into_another_folder(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty and not an earlier run: choose another folder"):
+        train(config(data, tmp_path))
+    with pytest.raises(ConfigError, match="is a file: choose a folder"):
+        train(config(data, tmp_path / "thesis.tex"))
+    with pytest.raises(ConfigError, match="cannot be made"):
+        train(config(data, tmp_path / "thesis.tex" / "x"))
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    data: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digest(undisturbed)
+    assert train(config(data, undisturbed)).step == 12
+    assert "at step 12 of 12: there is nothing left to do" in " ".join(capsys.readouterr().out.split())
+    assert digest(undisturbed) == before
 
 
 def test_an_empty_batch_of_labels_is_said(tmp_path: Path) -> None:
@@ -246,8 +269,6 @@ def test_an_empty_batch_of_labels_is_said(tmp_path: Path) -> None:
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ostro.errors import OutOfMemory
-
     real = dcp.save
 
     def save(folder: Path, *rest: object) -> None:
