@@ -5,6 +5,7 @@ Errors of ours are printed as one sentence and end with their exit code (errors.
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ostro.serve.engine import Completion
+    from ostro.serve.engine import Completion, Engine
+    from ostro.serve.sampling import Sampling
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="ostro",
@@ -108,7 +112,7 @@ def train(
     overrides = list(context.args) + (["checkpoint.resume=must"] if resume else [])
     outcome = run_train(load_config(recipe, overrides))
     if outcome.signal is not None:
-        typer.echo(f"stopped at step {outcome.step}; the same command goes on from there.")
+        typer.echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
         raise typer.Exit(128 + outcome.signal)
     _say_trained(outcome)
 
@@ -140,6 +144,7 @@ def evaluate(
     import tempfile
 
     from ostro.data import shards
+    from ostro.errors import ConfigError
     from ostro.evaluate import evaluate as run_evaluate
     from ostro.serve.engine import load_model, tokenizer_of
     from ostro.train import check_data
@@ -155,7 +160,11 @@ def evaluate(
         opened = [shards.open_shards(path) for path in folders]
         for path, one in zip(folders, opened, strict=True):
             check_data(path, one, words, loaded.config)
-        result = run_evaluate(loaded, opened, min(seq_length, loaded.config.max_position_embeddings))
+        if seq_length > loaded.config.max_position_embeddings:
+            raise ConfigError(
+                f"--seq-length {seq_length} is more than the model's {loaded.config.max_position_embeddings} positions."
+            )
+        result = run_evaluate(loaded, opened, seq_length)
     typer.echo(
         f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}  "
         f"({result.num_tokens:,} tokens, {result.num_bytes:,} bytes, {result.seconds:.1f} s)"
@@ -174,12 +183,16 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format."""
     from ostro import weights
-    from ostro.serve.engine import tokenizer_of, torch_dtype
+    from ostro.serve.engine import tokenizer_beside, tokenizer_of, torch_dtype
 
     reader = weights.open_reader(source)
-    settings = {"tokenizer": tokenizer_of(source, tokenizer).save} if to == "hf" else {}
+    words = tokenizer_of(source, tokenizer) if tokenizer else tokenizer_beside(source)
+    # From one Hugging Face folder to another its own files go along, unless another tokenizer is asked for.
+    settings = {"tokenizer": words.save} if words and to == "hf" and (tokenizer or reader.format != "hf") else {}
     weights.convert(reader, target, to=to, dtype=torch_dtype(dtype) if dtype else None, **settings)
-    typer.echo(f"wrote {target}")
+    if words and to == "dcp":
+        words.save(target / "tokenizer")
+    typer.echo(f"wrote {target}" + ("" if words else ", without a tokenizer: there is none beside the source"))
 
 
 @app.command()
@@ -229,13 +242,27 @@ def generate(
     if not texts:
         raise RequestError("there is no prompt: give one or more, or --prompts FILE.")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
+        raise RequestError(f"--out {out} cannot be written: name a file in a folder that exists.")
     engine = Engine(load_model(model, dtype), tokenizer_of(model, tokenizer))
     if len(texts) == 1 and out is None:
-        sys.stdout.write(texts[0])
-        engine.generate(texts, sampling, on_text=lambda _, text: print(text, end="", flush=True))
-        sys.stdout.write("\n")
+        untold = list(texts)  # the prompt is shown with the first text, when nothing can be wrong with it any more
+        engine.generate(
+            texts, sampling, lambda _, text: print(*untold and [untold.pop()], text, sep="", end="", flush=True)
+        )
+        print(*untold)
         return
     _write_completions(engine.generate(texts, sampling), out)
+
+
+def _stream(engine: Engine, prompt: str, sampling: Sampling) -> None:
+    untold = [prompt]  # shown with the first text, when nothing can be wrong with it any more
+
+    def show(_: int, text: str) -> None:
+        print(*[untold.pop()] if untold else [], text, sep="", end="", flush=True)
+
+    engine.generate([prompt], sampling, show)
+    print(*untold)
 
 
 def _read_prompts(file: Path) -> list[str]:
@@ -250,13 +277,13 @@ def _read_prompts(file: Path) -> list[str]:
 def _write_completions(completions: list[Completion], out: Path | None) -> None:
     import json
 
+    from ostro import log
+
     if out is None:
         typer.echo("\n\n".join(f"{c.prompt}{c.text}" for c in completions))
         return
     rows = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
-    beside = out.with_name(out.name + ".partial")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    beside.replace(out)
+    log.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     typer.echo(f"wrote {len(rows)} completions to {out}")
 
 
@@ -290,6 +317,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _foreign(error: Exception) -> int:
+    if isinstance(error, BrokenPipeError):  # whoever read our output has had enough
+        sys.stdout = None
+        return 0
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
+        return _fail(f"{error.filename or 'the disk'}: {error.strerror}.", 4 if error.errno in _FULL else 1)
     if isinstance(error, typer.Abort):
         return _fail("interrupted.", 130)
     show = getattr(error, "show", None)

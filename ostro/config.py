@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -26,13 +26,15 @@ PRESETS = RECIPES / "models"
 class Section(BaseModel):
     """A section of the config: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class Weights(Section):
     """Where training starts from: `path` is a checkpoint of any format or a run; null draws random weights."""
 
     path: str | None = None
+    strategy: None = None
+    upcycle: Literal[False] = False
 
 
 class Data(Section):
@@ -44,6 +46,7 @@ class Data(Section):
     packing: Literal["concat"] = "concat"
     tokenizer: str = "v1"
     eval_path: tuple[str, ...] = ()
+    pad_token_id: Literal[-1] = -1
     shuffle: bool = True
 
     @field_validator("path", "eval_path", mode="before")
@@ -63,7 +66,7 @@ class Train(Section):
     micro_batch_sequences: int = Field(default=1, ge=1)
     dtype: Literal["auto", "bf16", "fp32"] = "bf16"
     master_dtype: Literal["fp32"] = "fp32"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     recompute: Literal["none"] = "none"
     compile: Literal[False] = False
     eval_every: int = Field(default=0, ge=0)
@@ -77,7 +80,7 @@ class Optim(Section):
     min_learning_rate: float = Field(default=1e-6, ge=0)
     schedule: Literal["cosine", "cosine_mindformers", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -97,6 +100,8 @@ class Moe(Section):
 
     router: Literal["softmax"] = "softmax"
     capacity_factor: None = None
+    drop: Literal["token"] = "token"
+    capacity_group: Literal["sequence"] = "sequence"
     balance: Literal["sequence", "hf"] = "sequence"
     router_aux_loss_coef: float = Field(default=0.02, ge=0)
     z_loss_coef: float = Field(default=0.0, ge=0)
@@ -115,6 +120,8 @@ class Parallel(Section):
     ep: Literal[1] = 1
     pp: Literal[1] = 1
     cp: Literal[1] = 1
+    micro_batch_num: Literal[1] = 1
+    schedule: Literal["1f1b"] = "1f1b"
 
 
 class Checkpoint(Section):
@@ -158,7 +165,7 @@ class Profile(Section):
 class Config(Section):
     """A whole run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
     model: ModelConfig = Field(default_factory=lambda: preset("mixtral-8x7b"))
     weights: Weights = Weights()
@@ -171,6 +178,21 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
     profile: Profile = Profile()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        train = self.train
+        if self.moe.balance == "hf" and train.micro_batch_sequences < train.global_batch_sequences:
+            raise ValueError(
+                "moe.balance=hf does not add up over micro-batches: set train.micro_batch_sequences="
+                f"{train.global_batch_sequences}, or balance per sequence"
+            )
+        if self.data.seq_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.seq_length={self.data.seq_length} is more than the model's "
+                f"max_position_embeddings={self.model.max_position_embeddings}: lower the one or raise the other"
+            )
+        return self
 
     def as_yaml(self) -> str:
         """Return the config as a recipe that gives it back."""
@@ -193,6 +215,7 @@ _NOT_YET = {
     "moe.capacity_group": "this version is dropless",
     "moe.balance": "this version balances per sequence, or as Hugging Face does",
     "lora": "LoRA is not there yet",
+    "parallel.schedule": "there is no pipeline yet",
     "parallel": "this version trains in one process, so every degree is 1",
     "checkpoint.async": "this version writes checkpoints synchronously",
     "data.packing": "this version packs by concatenation",
@@ -287,6 +310,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 visit(value, f"{name}.")
 
     assert node is not None
+    for key in fields:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path} has the key {key!r}; the keys of a recipe are names of sections.")
     visit(node, "")
     return fields, lines
 
@@ -334,7 +360,7 @@ def _sentence(key: str, problem: Any) -> str:
         return f"{key} is not a key of {place}; known: {', '.join(known)}.{nearest(key.rpartition('.')[2], known)}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # of the section as a whole
-        return f"{key}.{message}."
+        return f"{key}.{message}." if key else f"{message}."
     return f"{key}={problem['input']!r} is refused: {message[0].lower()}{message[1:]}."
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -207,7 +206,7 @@ def _train(folder: Path, total_steps: int) -> tuple[str, str]:
     compared = dcp.step_folder(folder / "run" / "checkpoints", stretch * _KILLED_AFTER)
     aside = folder / "undisturbed" / compared.name
     command = [sys.executable, "-m", "ostro", "train", "tiny", *_overrides(folder, total_steps, stretch)]
-    with _child(command) as first:
+    with subprocess.Popen(command) as first:
         _wait_for_step(first, folder / "run", stretch * _KILLED_AFTER + max(1, stretch // 2))
         first.send_signal(signal.SIGKILL)
     first.wait()
@@ -215,7 +214,7 @@ def _train(folder: Path, total_steps: int) -> tuple[str, str]:
     aside.parent.mkdir()
     compared.rename(aside)
     undisturbed = weights.digest(weights.open_reader(aside))
-    with _child(command) as second:
+    with subprocess.Popen(command) as second:
         while not compared.exists() and second.poll() is None:
             time.sleep(0.05)
         digest = weights.digest(weights.open_reader(compared)) if compared.exists() else "never written"
@@ -234,17 +233,12 @@ def _train(folder: Path, total_steps: int) -> tuple[str, str]:
 def _overrides(folder: Path, total_steps: int, stretch: int) -> list[str]:
     return [
         f"data.path={folder / 'data' / 'train'}",
-        f"data.eval_path={folder / 'data' / 'held_out'}",
         f"data.seq_length={_SEQ_LENGTH}",
         f"train.steps={total_steps}",
         f"checkpoint.every={stretch}",
         f"run.dir={folder / 'run'}",
         f"run.log_every={stretch}",
     ]
-
-
-def _child(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env=os.environ | {"OSTRO_DEMO": "1"})
 
 
 def _wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
@@ -320,7 +314,7 @@ def next_commands(folder: Path) -> list[str]:
         f'ostro generate {folder}/hf "import os" --max-new-tokens 60 --temperature 0.8',
         f"ostro evaluate {folder}/run {folder}/data/held_out --seq-length {_SEQ_LENGTH}",
         f"ostro verify {folder}/run {folder}/hf",
-        f"ostro train tiny data.path={folder}/data/train train.steps=2 model.num_hidden_layers=2 run.dir={folder}/mine",
+        f"ostro train tiny data.path={folder}/data/train train.steps=2 model.num_hidden_layers=2 run.dir={folder}-mine",
         "ostro recipes ls",
     ]
 

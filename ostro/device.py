@@ -21,10 +21,10 @@ _PEAK_TFLOPS = {
 
 
 def accelerator() -> torch.device:
-    """Return the accelerator torch sees (CUDA, Ascend NPU, MPS …), or the CPU."""
+    """Return the accelerator torch sees (CUDA, Ascend NPU …), or the CPU: also beside MPS, which has no float64."""
     if torch.accelerator.is_available():
         current = torch.accelerator.current_accelerator()
-        if current is not None:
+        if current is not None and current.type != "mps":
             return current
     return torch.device("cpu")
 
@@ -45,7 +45,7 @@ def set_deterministic(device: torch.device) -> None:
     """Make training on `device` give the same bits every time; a CPU does so by itself."""
     if device.type != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -22,12 +22,23 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
-    """Print a line with rich's markup, on rank 0 only."""
+def say(text: str, style: str = "") -> None:
+    """Print a line, on rank 0 only; nothing in it is markup, so paths print as they are."""
     if is_main_rank():
         import rich
+        from rich.text import Text
 
-        rich.print(text, flush=True)
+        rich.print(Text(text, style), flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: beside its place, then renamed."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -49,9 +60,7 @@ class Metrics:
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
-        beside = self.path.with_suffix(".partial")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        beside.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(run_dir, step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -30,16 +31,18 @@ from ostro.model import layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
 from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
+from ostro.serve.engine import tokenizer_beside
 from ostro.weights import dcp, open_reader
-from ostro.weights.store import RandomReader, load_into
+from ostro.weights.store import RandomReader, Reader, architecture_difference, load_into
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its directory, the last step, the last row of metrics, and the signal that stopped it."""
+    """How a run ended: its directory, the last step and the last one saved, the last row of metrics, the signal."""
 
     run_dir: Path
     step: int
+    saved_step: int
     last: dict[str, Any]
     signal: int | None
 
@@ -57,6 +60,7 @@ class Run:
     model: Mixtral
     optimizer: torch.optim.AdamW
     total_steps: int
+    data_sha256: str
     step: int = 0
 
     @property
@@ -115,6 +119,9 @@ def set_up(config: Config) -> Run:
         model=model,
         optimizer=build_optimizer(model, config.model, config.optim),
         total_steps=_total_steps(config, loader),
+        data_sha256=hashlib.sha256(
+            json.dumps([[source["sha256"] for source in one.manifest.sources] for one in shards]).encode()
+        ).hexdigest(),
     )
     newest = dcp.latest(run.checkpoints)
     if newest is not None and config.checkpoint.resume == "never":
@@ -124,10 +131,31 @@ def set_up(config: Config) -> Run:
     if newest is not None:
         _resume(run, newest)
     else:
-        path = config.weights.path
-        load_into(model, open_reader(path) if path else RandomReader(config.model, config.train.seed))
+        load_into(model, _start_weights(config, tokenizer))
     _write_run_files(run)
     return run
+
+
+def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
+    """Open what training starts from, and refuse weights made for another model or another tokenizer."""
+    path = config.weights.path
+    if path is None:
+        return RandomReader(config.model, config.train.seed)
+    reader = open_reader(path)
+    differing = architecture_difference(config.model, reader.model)
+    if differing is not None:
+        name, ours, theirs = differing
+        raise ConfigError(
+            f"weights.path={path} has {name}={theirs} and the config says model.{name}={ours}: "
+            "set model to the folder the weights come from, or to the same values."
+        )
+    beside = tokenizer_beside(path)
+    if beside is not None and beside.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"weights.path={path} comes with tokenizer {beside.name!r} and data.tokenizer is {tokenizer.name!r}: "
+            "set data.tokenizer to the one of the weights and prepare the data with it."
+        )
+    return reader
 
 
 def _check(config: Config, run_dir: Path, device: torch.device) -> None:
@@ -205,12 +233,12 @@ def _write_run_files(run: Run) -> None:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir={run.run_dir} cannot be made: {error.strerror}.") from None
-    (run.run_dir / "config.yaml").write_text(run.config.as_yaml(), encoding="utf-8")
+    log.write_text(run.run_dir / "config.yaml", run.config.as_yaml())
     from importlib.metadata import version
 
     names = ("ostro", "torch", "numpy", "tokenizers", "pydantic")
     versions = {name: version(name) for name in names} | {"python": platform.python_version()}
-    (run.run_dir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    log.write_text(run.run_dir / "versions.json", json.dumps(versions, indent=1) + "\n")
     if not (run.run_dir / "tokenizer").exists():
         run.tokenizer.save(run.run_dir / "tokenizer.partial")
         (run.run_dir / "tokenizer.partial").rename(run.run_dir / "tokenizer")
@@ -262,12 +290,16 @@ def _loop(run: Run) -> Outcome:
     progress = log.Progress(run.total_steps, config.run.log_every)
     rate = devices.peak_flops(run.device, run.model.compute_dtype)
     profiling = config.profile.range()
+    if profiling and not 1 <= profiling[0] <= run.total_steps:
+        raise ConfigError(
+            f"profile.steps={config.profile.steps} begins outside steps 1..{run.total_steps} of this run."
+        )
     profiler = None
     saved = run.step
     row: dict[str, Any] = {}
     with _Signals() as signals:
         while run.step < run.total_steps and signals.caught is None:
-            if profiling and run.step + 1 == profiling[0]:
+            if profiling and profiler is None and profiling[0] <= run.step + 1 <= profiling[1]:
                 profiler = _start_profiler()
             start = time.perf_counter()
             stats = train_step(run)
@@ -281,11 +313,13 @@ def _loop(run: Run) -> Outcome:
             metrics.write(row)
             progress.show(row)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-                saved = _save(run, progress)
+                saved = _save(run, progress, saved)
+        if profiler is not None:  # stopped inside the range
+            _write_profile(run, profiler)
         if saved != run.step or dcp.latest(run.checkpoints) is None:
-            _save(run, progress)
+            saved = _save(run, progress, saved)
     metrics.close()
-    return Outcome(run.run_dir, run.step, row, signals.caught)
+    return Outcome(run.run_dir, run.step, saved, row, signals.caught)
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
@@ -335,8 +369,8 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _save(run: Run, progress: log.Progress) -> int:
-    """Write a checkpoint of the present step; a full disk costs this checkpoint, not the run."""
+def _save(run: Run, progress: log.Progress, saved: int) -> int:
+    """Write a checkpoint of the present step; return it, or `saved` where a full disk cost this checkpoint."""
     state = {
         "step": run.step,
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
@@ -351,8 +385,8 @@ def _save(run: Run, progress: log.Progress) -> int:
         if run.step == run.total_steps or dcp.latest(run.checkpoints) is None:
             raise
         progress.newline()
-        log.say(f"[yellow]{error} The run goes on; {dcp.latest(run.checkpoints)} is kept.[/]")
-        return run.step
+        log.say(f"{error} {dcp.latest(run.checkpoints)} is kept.", style="yellow")
+        return saved
     dcp.prune(run.checkpoints, run.config.checkpoint.keep)
     return run.step
 
@@ -363,7 +397,7 @@ def _data_state(run: Run) -> dict[str, Any]:
     return {
         "data.tokenizer (sha256)": run.tokenizer.sha256,
         "data.seq_length": config.data.seq_length,
-        "data.path (rows)": run.loader.num_rows,
+        "data.path (sha256)": run.data_sha256,
         "data.shuffle": config.data.shuffle,
         "train.seed": config.train.seed,
         "train.global_batch_sequences": config.train.global_batch_sequences,
@@ -382,6 +416,14 @@ def _resume(run: Run, folder: Path) -> None:
                 f"{folder} was trained with {name}={then!r} and the config says {now!r}: change it back to resume, "
                 "or choose another run.dir."
             )
+    config = json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"}))
+    for section in ("train", "optim", "moe"):
+        for key, value in config[section].items():
+            before = state["config"][section].get(key, value)
+            if value != before:
+                log.say(
+                    f"from step {state['step']} on, {section}.{key} is {value!r} instead of {before!r}", style="yellow"
+                )
     dcp.load(folder, state_tensors(run.model, run.optimizer))
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     run.step = state["step"]

@@ -88,6 +88,9 @@ def test_prepare_evaluate_convert_verify_generate(
     assert "expert load" in by_text[1]
 
     assert run(capsys, "convert", model, tmp_path / "copy", "--dtype", "bf16")[0] == 0
+    assert run(capsys, "convert", model, tmp_path / "dcp", "--to", "dcp")[0] == 0
+    assert run(capsys, "generate", tmp_path / "dcp", "Hello", "--max-new-tokens", 1)[0] == 0
+    assert run(capsys, "generate", model / "model.safetensors", "Hello", "--max-new-tokens", 1)[0] == 0
     code, out, err = run(capsys, "verify", model, tmp_path / "copy")
     assert code == 5
     assert "differs by" in out
@@ -180,6 +183,10 @@ def test_damaged_weights_end_with_a_sentence_and_exit_5(
         (["convert", "MODEL", "full"], 5, "full exists and is not empty"),
         (["convert", "MODEL", "out", "--to", "gguff"], 5, "cannot be written as 'gguff'"),
         (["convert", "MODEL", "out", "--dtype", "fp8"], 2, "dtype 'fp8' is not one of"),
+        (["generate", "MODEL", "Hi", "--out", "nodir/x"], 2, "--out nodir/x cannot be written"),
+        (["generate", "MODEL", "Hi", "--max-new-tokens", "99999"], 2, "more than the model's"),
+        (["evaluate", "MODEL", "good.txt", "--seq-length", "99999"], 2, "more than the model's 32768 positions"),
+        (["recipes", "cp", "tiny", "nodir/x.yaml"], 1, "nodir/x.yaml: No such file or directory"),
         (["flurb"], 2, ""),
     ],
 )

@@ -108,10 +108,38 @@ REFUSED = {
     "moe.capacity_factor=1.1": r"moe.capacity_factor=1.1 cannot be had: this version is dropless",
     "weights.upcycle=true": r"weights.upcycle=True cannot be had",
     "optim.learning_rate=1e-5": r"optim.min_learning_rate=0.0012 is above learning_rate=1e-05, so the rate would rise",
+    "optim.learning_rate=.inf": r"optim.learning_rate=inf is refused: input should be a finite number",
+    "optim.betas=[2, 3]": r"optim.betas=2 is refused: input should be less than 1",
+    "model.rms_norm_eps=.nan": r"model.rms_norm_eps=nan must be a number",
+    "train.seed=99999999999999999999": r"train.seed=99999999999999999999 is refused",
+    "data.seq_length=8192": r"data.seq_length=8192 is more than the model's max_position_embeddings=4096",
+    "parallel.schedule=zb": r"parallel.schedule='zb' cannot be had: there is no pipeline yet",
     "profile.steps=5": r"profile.steps=5 is refused: must look like 5..10",
     "data.path.x=1": r"data.path.x cannot be set: data.path is \[\], not a section",
     "train": r"'train' is not an override; write section.key=value",
 }
+
+
+def test_hf_balance_is_refused_with_accumulation() -> None:
+    load_config("tiny", ["moe.balance=hf"])
+    with pytest.raises(ConfigError, match=r"moe.balance=hf does not add up over micro-batches"):
+        load_config("tiny", ["moe.balance=hf", "train.micro_batch_sequences=1"])
+
+
+def test_keys_of_later_versions_are_accepted_at_what_is_true_now(tmp_path: Path) -> None:
+    text = """
+model: tiny
+weights: {path: null, strategy: null, upcycle: false}
+data: {seq_length: 64, packing: concat, tokenizer: v1, pad_token_id: -1, eval_path: null}
+train: {steps: -1, master_dtype: fp32, recompute: none, compile: false}
+moe: {router: softmax, capacity_factor: null, drop: token, capacity_group: sequence, balance: sequence}
+lora: null
+parallel: {dp: 1, fsdp: 1, tp: 1, ep: 1, pp: 1, cp: 1, micro_batch_num: 1, schedule: 1f1b}
+checkpoint: {every: 1000, keep: 5, async: false, resume: auto}
+"""
+    assert load_config(recipe(tmp_path, text)).data.seq_length == 64
+    with pytest.raises(ConfigError, match="has the key 1; the keys of a recipe are names"):
+        load_config(recipe(tmp_path, "1: 2\n"))
 
 
 @pytest.mark.parametrize("override", REFUSED)

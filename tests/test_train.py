@@ -136,7 +136,7 @@ def test_a_signal_saves_and_leaves(data: Path, undisturbed: Path, tmp_path: Path
     process.send_signal(number)  # impatience must not tear the save
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + number, output
-    assert "the same command goes on from there" in output
+    assert "the same command goes on from step" in output
     step = len(compared(tmp_path))
     newest = dcp.latest(tmp_path / "checkpoints")
     assert newest is not None
@@ -195,6 +195,21 @@ def test_evaluation_and_start_weights(data: Path, undisturbed: Path, tmp_path: P
     assert digest(tmp_path) == digest(undisturbed)
 
 
+def test_start_weights_of_another_model_or_tokenizer_are_refused(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has rope_theta=10000.0 and the config says model.rope_theta=500.0"):
+        train(config(data, tmp_path / "a", f"weights.path={undisturbed}", "model.rope_theta=500.0"))
+    weights.convert(undisturbed, tmp_path / "hf", to="hf", tokenizer=load_tokenizer("v3").save)
+    with pytest.raises(DataError, match=r"comes with tokenizer .* and data.tokenizer is 'v1'"):
+        train(config(data, tmp_path / "b", f"weights.path={tmp_path / 'hf'}"))
+
+
+def test_other_rates_are_told_on_resume(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(data, tmp_path, "train.steps=1"))
+    train(config(data, tmp_path, "train.steps=2", "optim.learning_rate=5e-3"))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "from step 1 on, optim.learning_rate is 0.005 instead of 0.004" in told
+
+
 def test_a_profile_is_a_trace_and_a_table(data: Path, tmp_path: Path) -> None:
     train(config(data, tmp_path, "train.steps=3", "profile.steps=2..2"))
     assert "traceEvents" in json.loads((tmp_path / "profile" / "trace.json").read_text())
@@ -207,18 +222,23 @@ def test_a_profile_is_a_trace_and_a_table(data: Path, tmp_path: Path) -> None:
         ("data.tokenizer=v3", DataError, r"was prepared with tokenizer .* set data.tokenizer to it"),
         ("model.vocab_size=31999", DataError, r"token ids up to 31999 and the model vocab_size=31999"),
         ("model.eos_token_id=5", DataError, r"has eos_token_id=2 and the model 5"),
-        ("data.seq_length=900000", DataError, r"data.seq_length=900000 asks for more than the"),
+        (
+            "data.seq_length=900000 model.max_position_embeddings=900000",
+            DataError,
+            r"data.seq_length=900000 asks for more than the",
+        ),
         ("data.path=nowhere", DataError, r"nowhere"),
         ("data.path=", ConfigError, r"data.path is empty"),
         ("train.eval_every=2", ConfigError, r"train.eval_every=2 needs data.eval_path"),
         ("model=mixtral-8x7b", OutOfMemory, r"training this model takes at least 747 GB and"),
         ("checkpoint.resume=must", ConfigError, r"holds no whole checkpoint to resume from"),
+        ("profile.steps=20..22", ConfigError, r"profile.steps=20..22 begins outside steps 1..12 of this run"),
         ("weights.path=nowhere", Exception, r"nowhere does not exist"),
     ],
 )
 def test_refusals(data: Path, tmp_path: Path, override: str, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
-        train(config(data, tmp_path / "run", override))
+        train(config(data, tmp_path / "run", *override.split()))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -226,11 +246,16 @@ def test_refusals(data: Path, tmp_path: Path, override: str, error: type[Excepti
     ("override", "sentence"),
     [
         ("train.seed=9", r"train.seed=0 and the config says 9: change it back to resume"),
+        ("data.path=OTHER", r"data.path \(sha256\)="),
         ("model.num_hidden_layers=3", r"model.num_hidden_layers=2 and the config says 3"),
         ("checkpoint.resume=never", r"already holds step-00000012 and checkpoint.resume=never"),
     ],
 )
-def test_a_changed_config_does_not_resume(data: Path, undisturbed: Path, override: str, sentence: str) -> None:
+def test_a_changed_config_does_not_resume(
+    data: Path, text: Path, undisturbed: Path, tmp_path: Path, override: str, sentence: str
+) -> None:
+    prepare([text / "os.py"], tmp_path / "other", tokenizer=load_tokenizer("v1"))
+    override = override.replace("OTHER", str(tmp_path / "other"))
     with pytest.raises(ConfigError, match=sentence):
         train(config(data, undisturbed, override))
 
@@ -278,6 +303,6 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
     monkeypatch.setattr(dcp, "save", save)
     train(config(data, tmp_path))
-    assert "The run goes on" in capsys.readouterr().out
+    assert "step-00000004 is kept" in " ".join(capsys.readouterr().out.split())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000012"]
     assert digest(tmp_path) == digest(undisturbed)

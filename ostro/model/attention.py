@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import inspect
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +38,19 @@ def _attend_varlen(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, spans: Spans, wi
 
     starts, longest = spans.document_starts, spans.longest_document
     left = -1 if window is None else window - 1
-    return varlen_attn(
-        q_THC,
-        k_TKC,
-        v_TKC,
-        starts,
-        starts,
-        longest,
-        longest,
-        window_size=(left, 0),
-        enable_gqa=q_THC.shape[1] != k_TKC.shape[1],
-    )  # type: ignore[return-value]
+    # torch 2.11 groups query heads by their number alone and has no such argument; later ones want to be told.
+    is_told = q_THC.shape[1] != k_TKC.shape[1] and _varlen_is_told_of_groups()
+    grouped: dict[str, Any] = {"enable_gqa": True} if is_told else {}
+    out = varlen_attn(q_THC, k_TKC, v_TKC, starts, starts, longest, longest, window_size=(left, 0), **grouped)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@functools.cache
+def _varlen_is_told_of_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _attend_documents(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, spans: Spans, window: int | None) -> Tensor:

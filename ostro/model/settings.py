@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -40,7 +41,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise ConfigError(f"model.{field.name}={value!r} must be a whole number of at least 0.")
-            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if field.type == "float" and not (is_number and 0 <= value < math.inf):
                 raise ConfigError(f"model.{field.name}={value!r} must be a number of at least 0.")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:

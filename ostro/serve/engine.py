@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,15 @@ def tokenizer_of(path: str | Path, override: str | None = None) -> Tokenizer:
     """Return the tokenizer that lies with a model: in its folder, or in the run directory it belongs to."""
     if override is not None:
         return load_tokenizer(override)
-    folder = Path(path)
+    found = tokenizer_beside(path)
+    if found is None:
+        raise WeightsError(f"{path} has no tokenizer beside its weights: name one with --tokenizer v1, v3 or a file.")
+    return found
+
+
+def tokenizer_beside(path: str | Path) -> Tokenizer | None:
+    """Return the tokenizer that lies in a model's folder or in the run directory it belongs to, or None."""
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
     for candidate in (
         folder,
         folder / "tokenizer",
@@ -83,7 +92,7 @@ def tokenizer_of(path: str | Path, override: str | None = None) -> Tokenizer:
     ):
         if (candidate / "tokenizer.json").is_file() or (candidate / "tokenizer.model").is_file():
             return load_tokenizer(candidate)
-    raise WeightsError(f"{path} has no tokenizer beside its weights: name one with --tokenizer v1, v3 or a file.")
+    return None
 
 
 class Engine:
@@ -128,8 +137,6 @@ class Engine:
         config = self.model.config
         capacities = [len(answer.ids) + sampling.max_new_tokens for answer in answers]
         cache = KVCache(config, capacities, self.model.compute_dtype, self.device)
-        for layer, block in self.model.blocks.items():
-            block.self_attn.attend = functools.partial(cache.attend, layer)
         for answer in answers:
             last = (len(answer.ids) - 1) // _PREFILL_TOKENS * _PREFILL_TOKENS
             for start in range(0, last, _PREFILL_TOKENS):
@@ -140,6 +147,18 @@ class Engine:
             logits, experts = self._forward(cache, [a.index for a in running], [a.ids[-1:] for a in running])
             for row, answer in enumerate(running):
                 yield answer.index, answer.add(logits[row], int(experts[row]))
+
+    @contextlib.contextmanager
+    def _attending(self, cache: KVCache) -> Iterator[None]:
+        """Have the cache stand in for every layer's `attend`, and put the model back as it was."""
+        before = {layer: block.self_attn.attend for layer, block in self.model.blocks.items()}
+        try:
+            for layer, block in self.model.blocks.items():
+                block.self_attn.attend = functools.partial(cache.attend, layer)
+            yield
+        finally:
+            for layer, block in self.model.blocks.items():
+                block.self_attn.attend = before[layer]
 
     def _forward(self, cache: KVCache, sequences: list[int], pieces: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Run the new tokens of some sequences; return the last token's logits [n, V] and best last-layer expert."""
@@ -158,7 +177,8 @@ class Engine:
             device=self.device,
         )
         cache.begin(sequences)
-        x_TD = self.model(tokens_T, spans)
+        with self._attending(cache):
+            x_TD = self.model(tokens_T, spans)
         cache.advance(spans)
         last = spans.document_starts[1:].long() - 1
         assert spans.experts_LTA is not None

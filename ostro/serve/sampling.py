@@ -14,7 +14,8 @@ from ostro.errors import RequestError
 class Sampling:
     """How to choose tokens. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalty 1 do nothing.
 
-    Each prompt draws from its own generator, started from `seed`: a batch gives each prompt what it gets alone.
+    Each prompt draws from its own generator, started from `seed`: a batch gives each prompt what it gets alone
+    (in fp32; in 16 bits products of other heights round otherwise, and near ties may fall otherwise).
     """
 
     max_new_tokens: int = 128
@@ -29,7 +30,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, is_fine, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("temperature", self.temperature == 0 or self.temperature >= 1e-3, "0 (greedy) or at least 0.001"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),

@@ -292,13 +292,12 @@ class Difference:
 
 def compare(a: Reader, b: Reader) -> list[Difference]:
     """Return one row per kind of parameter; WeightsError if the two are of different architectures."""
-    for field in dataclasses.fields(ModelConfig):
-        mine, other = getattr(a.model, field.name), getattr(b.model, field.name)
-        if field.name not in _NOT_COMPUTED_WITH and mine != other:
-            raise WeightsError(
-                f"the two checkpoints are of different models: {field.name} is {mine} in the first and "
-                f"{other} in the second."
-            )
+    differing = architecture_difference(a.model, b.model)
+    if differing is not None:
+        name, mine, other = differing
+        raise WeightsError(
+            f"the two checkpoints are of different models: {name} is {mine} in the first and {other} in the second."
+        )
     rows: dict[str, Difference] = {}
     for parameter in layout.parameters(a.model):
         name = parameter.kind.name
@@ -309,6 +308,14 @@ def compare(a: Reader, b: Reader) -> list[Difference]:
             absolute, relative, equal = max(absolute, gap), max(relative, ratio), equal and same
         rows[name] = Difference(name, row.num_tensors + 1, absolute, relative, equal)
     return list(rows.values())
+
+
+def architecture_difference(a: ModelConfig, b: ModelConfig) -> tuple[str, Any, Any] | None:
+    """Return the first setting that makes the same weights compute something else, with both values; None if equal."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in _NOT_COMPUTED_WITH and getattr(a, field.name) != getattr(b, field.name):
+            return field.name, getattr(a, field.name), getattr(b, field.name)
+    return None
 
 
 _NOT_COMPUTED_WITH = (

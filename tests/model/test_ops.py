@@ -25,6 +25,16 @@ def test_chunked_loss_equals_the_loss_of_whole_logits(tokens: int, chunk: int, s
         torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-6)
 
 
+def test_a_label_beyond_fp32_has_its_true_loss() -> None:
+    x = torch.ones(2, 1, requires_grad=True)
+    head = torch.tensor([[0.0], [200.0]], requires_grad=True)
+    loss = ops.linear_cross_entropy(x, head, torch.tensor([0, 1]), torch.tensor([1.0, 1.0]))
+    assert loss.item() == pytest.approx(200.0)
+    loss.backward()
+    assert head.grad is not None
+    assert head.grad.flatten().tolist() == [-1.0, 1.0]
+
+
 def test_chunked_loss_in_bf16_and_without_gradients() -> None:
     torch.manual_seed(0)
     x, head = torch.randn(20, 16), torch.randn(50, 16)

@@ -13,6 +13,7 @@ from ostro import weights
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, RequestError, WeightsError
 from ostro.model.settings import ModelConfig
+from ostro.model.spans import spans_of
 from ostro.serve.engine import Engine, load_model, tokenizer_of
 from ostro.serve.sampling import Sampling
 from ostro.weights.store import RandomReader
@@ -88,6 +89,14 @@ def test_streamed_text_is_the_text_and_experts_are_reported(export: Callable[...
         assert len(completion.experts) == len(completion.token_ids)
         assert set(completion.experts) <= set(range(4))
     assert len({expert for completion in done for expert in completion.experts}) > 1
+
+
+def test_the_model_is_left_as_it_was(export: Callable[..., Path]) -> None:
+    folder = export()
+    model, tokens = load_model(folder), torch.arange(9)
+    before = model(tokens, spans_of([9]))
+    Engine(model, tokenizer_of(folder)).generate(PROMPTS[:2], Sampling(3))
+    assert torch.equal(model(tokens, spans_of([9])), before)
 
 
 def test_stop_strings_cut_and_are_never_streamed(export: Callable[..., Path]) -> None:

@@ -64,6 +64,8 @@ def test_greedy_takes_the_likeliest_and_sampling_follows_the_probabilities() -> 
     [
         {"max_new_tokens": 0},
         {"temperature": -1},
+        {"temperature": 1e-44},
+        {"seed": 2**64},
         {"top_k": -1},
         {"top_p": 0},
         {"top_p": 1.1},
