@@ -5,6 +5,8 @@ It needs torch and pytest alone, so that it runs on a bare GPU machine: python -
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,9 +32,9 @@ CONFIG = ModelConfig(
 LENGTHS = [100, 1, 155]
 
 
-def model(where: torch.device, dtype: torch.dtype) -> Mixtral:
+def model(where: torch.device, dtype: torch.dtype, config: ModelConfig = CONFIG) -> Mixtral:
     generator = torch.Generator().manual_seed(0)
-    built = Mixtral(CONFIG, MoeConfig(), dtype)
+    built = Mixtral(config, MoeConfig(), dtype)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.06 + (parameter.dim() == 1))
@@ -54,9 +56,8 @@ def test_varlen_attention_equals_the_oracle(window: int | None) -> None:
     torch.manual_seed(0)
     where = device.accelerator()
     spans = spans_of(LENGTHS, device=where)
-    q, k, v = (
-        torch.randn(256, heads, 64, device=where, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
-    )
+    options = {"device": where, "dtype": torch.bfloat16, "requires_grad": True}
+    q, k, v = (torch.randn(256, heads, 64, **options) for heads in (8, 2, 2))
     outs = [ATTENTION[kind](q, k, v, spans, window) for kind in ("varlen", "masked")]
     torch.testing.assert_close(outs[0], outs[1], rtol=2e-2, atol=2e-2)
     direction = torch.randn_like(outs[0])
@@ -88,12 +89,13 @@ def test_fp32_equals_the_cpu() -> None:
 
 
 def test_bf16_stays_close_to_fp32() -> None:
-    loss, grads = gradients(model(device.accelerator(), torch.bfloat16))
-    exact_loss, exact = gradients(model(torch.device("cpu"), torch.float32))
-    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-2)
-    # A rounded activation may send a token to another expert, so only the head, which sees all of them, is held close.
-    name = "lm_head.weight"
-    assert (grads[name].cpu() - exact[name]).norm() <= 0.1 * exact[name].norm()
+    # Every token uses every expert here: a rounded activation cannot send it to another one.
+    config = dataclasses.replace(CONFIG, num_local_experts=2)
+    loss, grads = gradients(model(device.accelerator(), torch.bfloat16, config))
+    exact_loss, exact = gradients(model(torch.device("cpu"), torch.float32, config))
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-3)
+    for name, grad in grads.items():
+        assert (grad.cpu() - exact[name]).norm() <= 0.05 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
