@@ -246,11 +246,7 @@ def generate(
         raise RequestError(f"--out {out} cannot be written: name a file in a folder that exists.")
     engine = Engine(load_model(model, dtype), tokenizer_of(model, tokenizer))
     if len(texts) == 1 and out is None:
-        untold = list(texts)  # the prompt is shown with the first text, when nothing can be wrong with it any more
-        engine.generate(
-            texts, sampling, lambda _, text: print(*untold and [untold.pop()], text, sep="", end="", flush=True)
-        )
-        print(*untold)
+        _stream(engine, texts[0], sampling)
         return
     _write_completions(engine.generate(texts, sampling), out)
 

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from ostro.machine import memory_limit_bytes, usable_cores
+
 # Dense bf16 peak, TFLOP/s, by a word of the device's name; from the makers' data sheets (no sparsity).
 _PEAK_TFLOPS = {
     "H200": 989.4,
@@ -38,7 +40,7 @@ def name(device: torch.device) -> str:
     """Return the device's own name."""
     if is_cuda(device):
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type
+    return f"{usable_cores()} CPU cores" if device.type == "cpu" else device.type
 
 
 def set_deterministic(device: torch.device) -> None:
@@ -52,7 +54,7 @@ def memory_bytes(device: torch.device) -> int:
     """Return the memory of the device, or of this machine for the CPU and where a device does not tell."""
     if is_cuda(device):
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_limit_bytes()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

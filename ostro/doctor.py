@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ostro.data.shards import cache_dir
 from ostro.errors import Error
+from ostro.machine import memory_limit_bytes, usable_cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,7 +125,7 @@ def check_device() -> Check:
     try:
         free, total = torch.accelerator.get_memory_info()
         detail += f", {free / GIB:.0f} of {total / GIB:.0f} GiB free"
-    except (RuntimeError, NotImplementedError):  # some backends (MPS) do not tell
+    except (RuntimeError, NotImplementedError):  # a backend that does not tell
         return Check("device", "pass", detail)
     if free < total / 2:
         return Check("device", "warn", detail, "Other processes hold most of its memory: stop them first.")
@@ -249,20 +250,3 @@ def check_tensorboard() -> Check:
         advice = "pip install 'ostro[tensorboard]' draws curves; metrics.jsonl is written without it."
         return Check("tensorboard", "warn", "not installed", advice)
     return Check("tensorboard", "pass", "installed")
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def memory_limit_bytes(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Return the machine's memory, or the limit of the container (cgroup v2) where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = cgroup.read_text("ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total

@@ -217,14 +217,17 @@ def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelC
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
-    if config.train.steps >= 0:
-        return config.train.steps
-    steps = int(config.train.epochs * loader.num_rows / config.train.global_batch_sequences)
-    if steps < 1:
-        raise DataError(
-            f"the data make {loader.num_rows} sequences of {config.data.seq_length} tokens, fewer than one batch of "
-            f"{config.train.global_batch_sequences}: lower train.global_batch_sequences or data.seq_length."
-        )
+    steps = config.train.steps
+    if steps < 0:
+        steps = int(config.train.epochs * loader.num_rows / config.train.global_batch_sequences)
+        if steps < 1:
+            raise DataError(
+                f"the data make {loader.num_rows} sequences of {config.data.seq_length} tokens, fewer than one batch "
+                f"of {config.train.global_batch_sequences}: lower train.global_batch_sequences or data.seq_length."
+            )
+    profiling = config.profile.range()
+    if profiling and not 1 <= profiling[0] <= steps:
+        raise ConfigError(f"profile.steps={config.profile.steps} begins outside steps 1..{steps} of this run.")
     return steps
 
 
@@ -290,10 +293,6 @@ def _loop(run: Run) -> Outcome:
     progress = log.Progress(run.total_steps, config.run.log_every)
     rate = devices.peak_flops(run.device, run.model.compute_dtype)
     profiling = config.profile.range()
-    if profiling and not 1 <= profiling[0] <= run.total_steps:
-        raise ConfigError(
-            f"profile.steps={config.profile.steps} begins outside steps 1..{run.total_steps} of this run."
-        )
     profiler = None
     saved = run.step
     row: dict[str, Any] = {}
@@ -376,7 +375,7 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "data": _data_state(run),
         "model": run.config.model.as_fields(),
-        "config": json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"})),
+        "config": _settings(run),
     }
     folder = dcp.step_folder(run.checkpoints, run.step)
     try:
@@ -389,6 +388,10 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
         return saved
     dcp.prune(run.checkpoints, run.config.checkpoint.keep)
     return run.step
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"}))
 
 
 def _data_state(run: Run) -> dict[str, Any]:
@@ -416,7 +419,7 @@ def _resume(run: Run, folder: Path) -> None:
                 f"{folder} was trained with {name}={then!r} and the config says {now!r}: change it back to resume, "
                 "or choose another run.dir."
             )
-    config = json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"}))
+    config = _settings(run)
     for section in ("train", "optim", "moe"):
         for key, value in config[section].items():
             before = state["config"][section].get(key, value)
@@ -427,10 +430,12 @@ def _resume(run: Run, folder: Path) -> None:
     dcp.load(folder, state_tensors(run.model, run.optimizer))
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     run.step = state["step"]
-    if run.step >= run.total_steps:
-        log.say(f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do")
-        return
-    log.say(f"resuming {run.run_dir} at step {run.step}")
+    done = run.step >= run.total_steps
+    log.say(
+        f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do"
+        if done
+        else f"resuming {run.run_dir} at step {run.step}"
+    )
 
 
 def _start_profiler() -> Any:

@@ -29,7 +29,7 @@ LAYERS = (
     ("model", "data"),
     ("config", "degrees", "log"),
     ("device", "model.settings"),
-    ("errors",),
+    ("errors", "machine"),
 )
 # What a room may import of Ostro beside itself, where that is less than everything below it.
 ONLY = {
@@ -37,7 +37,7 @@ ONLY = {
     "data": ("ostro.errors",),
 }
 WEIGHTS_FROM_MODEL = ("ostro.model.layout", "ostro.model.settings")
-ONE_PROCESS = ("model", "data", "config", "degrees", "log", "device", "model.settings", "errors")
+ONE_PROCESS = ("model", "data", "config", "degrees", "log", "device", "model.settings", "errors", "machine")
 NEVER = ("transformers", "peft", "mindspore", "mindformers", "vllm", "megatron", "llama_cpp")
 HEAVY = (
     "torch",
@@ -53,7 +53,7 @@ LIGHT = ("ostro", "ostro.__main__", "ostro.cli")
 DEVICE_WORDS = re.compile(r"\b(cuda|nccl|hccl)\b")
 FILE_LINES = 500
 FUNCTION_LINES = 60
-LONGER_FUNCTIONS = {("ostro/train.py", "train"): 90}
+LONGER_FUNCTIONS = {("ostro/train.py", "_loop"): 90}
 # In parts, so that this file does not hold them.
 MACHINE = re.compile(
     r"(?<![\w.])/(work|opt/pypi|opt/wheels)/" + r"|\bpy" + r"pi\.org|python" + r"hosted\.org|npm" + r"js\.(org|com)"

@@ -183,12 +183,12 @@ def test_files_and_functions_stay_small():
 def test_growth_is_noticed():
     assert size_faults("x = 1\n" * 499, "a.py") == []
     assert size_faults("x = 1\n" * 500, "a.py") == ["a.py has 500 lines"]
-    function = "def train():\n" + "    x = 1\n" * 59
-    assert size_faults(function, "a.py") == ["a.py::train has 60 lines"]
+    function = "def _loop():\n" + "    x = 1\n" * 59
+    assert size_faults(function, "a.py") == ["a.py::_loop has 60 lines"]
     assert size_faults(function, "ostro/train.py") == []
     assert size_faults("class A:\n    async def f():\n" + "        x = 1\n" * 59, "a.py")
-    assert size_faults("def train():\n" + "    x = 1\n" * 89, "ostro/train.py") == [
-        "ostro/train.py::train has 90 lines"
+    assert size_faults("def _loop():\n" + "    x = 1\n" * 89, "ostro/train.py") == [
+        "ostro/train.py::_loop has 90 lines"
     ]
 
 
@@ -209,7 +209,7 @@ def test_no_path_of_this_machine_and_no_registry():
 def test_machine_paths_are_noticed():
     assert machine_faults("x\npath = '/wo" + "rk/main'") == ["line 2: /wo" + "rk/"]
     assert machine_faults("--index-url https://py" + "pi.org/simple")
-    assert machine_faults("see net/work/a and https://pytorch.org") == []
+    assert machine_faults("see net/wo" + "rk/a and https://pytorch.org") == []
 
 
 def test_one_version_everywhere():

@@ -152,7 +152,8 @@ class MoeConfig:
     """How the router is trained.
 
     `router_aux_loss_coef` is in Hugging Face's unit: the balancing loss of a perfectly balanced layer is
-    `num_experts_per_tok`, whatever the number of layers. MindFormers' 0.05 is 0.025 here.
+    `num_experts_per_tok`, whatever the number of layers. MindFormers' 0.05 is 0.025 here. Whichever `balance` trains,
+    the metrics' `aux_loss` is that of `sequence`: it adds up.
     """
 
     router: Router = "softmax"

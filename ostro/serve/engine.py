@@ -58,7 +58,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_model(source: str | Path | Reader, dtype: str = "auto", device: torch.device | None = None) -> Mixtral:
     """Load a checkpoint of any format, or a run directory, for inference.
 
-    dtype is `bf16`, `fp32`, or `auto`: the checkpoint's own, but fp32 on a CPU without bf16 units.
+    dtype is `bf16`, `fp16`, `fp32`, or `auto`: the checkpoint's own, but fp32 on a CPU without bf16 units.
     """
     reader = open_reader(source) if isinstance(source, (str, Path)) else source
     device = device or devices.accelerator()
