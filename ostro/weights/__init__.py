@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 
-from ostro.errors import WeightsError
+from ostro.errors import ConfigError, WeightsError
 from ostro.weights import dcp, hf
+from ostro.weights.hf_config import tokenizer_folder
 from ostro.weights.store import (
+    NO_HINTS,
+    CastReader,
     Difference,
+    Hints,
     ModuleReader,
     RandomReader,
     Reader,
@@ -26,11 +30,14 @@ from ostro.weights.store import (
     digest,
     load_into,
 )
+from ostro.weights.stored import StoredReader
 
 __all__ = [
     "FORMATS",
+    "CastReader",
     "Difference",
     "Format",
+    "Hints",
     "ModuleReader",
     "RandomReader",
     "Reader",
@@ -49,8 +56,9 @@ __all__ = [
 class Format:
     """A checkpoint format.
 
-    `what` describes it in an error; `detect(path)` says whether a path looks like it; `open_reader(path)`
-    opens one; `write(reader, path, *, dtype, …)` writes one, None where the format cannot be written.
+    `what` describes it in an error; `detect(path)` says whether a path looks like it; `open_reader(path, hints)`
+    opens one; `write(reader, path, …)` writes one, None where the format cannot be written. `hints` are those
+    it can use.
     """
 
     name: str
@@ -58,11 +66,13 @@ class Format:
     detect: Callable[[Path], bool]
     open_reader: Callable[..., Reader]
     write: Callable[..., None] | None
+    hints: tuple[str, ...] = ()
 
 
 FORMATS = {
-    "hf": Format("hf", hf.WHAT, hf.detect, hf.open_reader, hf.write),
-    "dcp": Format("dcp", dcp.WHAT, dcp.detect, dcp.open_reader, dcp.write),
+    "dcp": Format("dcp", dcp.WHAT, dcp.detect, dcp.open_reader, dcp.write, ("step",)),
+    # Last: a folder of any other format may have a config.json too.
+    "hf": Format("hf", hf.WHAT, hf.detect, hf.open_reader, hf.write, ("model",)),
     # Not a path: opened as open_reader(model, seed).
     "random": Format("random", "random weights", lambda path: False, RandomReader, None),
 }
@@ -80,27 +90,49 @@ def detect(path: str | Path) -> str:
     raise WeightsError(f"{path} holds neither {known}: give the folder that does.")
 
 
-def open_reader(path: str | Path) -> Reader:
-    """Open a checkpoint of any format, or the newest one of a run directory."""
+def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True) -> Reader:
+    """Open a checkpoint of any format, or the newest one of a run directory.
+
+    With `check` every tensor the model needs must be there, with its shape, and nothing else.
+    """
+    path = Path(path)
     try:
-        return FORMATS[detect(path)].open_reader(Path(path))
+        format = FORMATS[detect(path)]
+        for field in dataclasses.fields(hints):
+            if getattr(hints, field.name) is not None and field.name not in format.hints:
+                raise ConfigError(
+                    f"--{field.name} says nothing about {path}, which is of format {format.name}: leave it out."
+                )
+        reader = format.open_reader(path, hints)
+        if check and isinstance(reader, StoredReader):
+            reader.check()
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error}): check its permissions.") from error
+    return reader
 
 
 def convert(
-    src: str | Path | Reader, dst: str | Path, *, to: str, dtype: torch.dtype | None = None, **settings: Any
+    src: str | Path | Reader,
+    dst: str | Path,
+    *,
+    to: str,
+    dtype: torch.dtype | None = None,
+    keep_fp32: bool = False,
+    **settings: Any,
 ) -> None:
     """Write the checkpoint `src` (a path, or a reader) as format `to` into the new folder `dst`.
 
-    `dtype` None keeps each tensor's own; `settings` are those of the format's `write`. The tokenizer files of
-    a Hugging Face folder come along into another unless `tokenizer` says otherwise.
+    `dtype` None keeps each tensor's own; `keep_fp32` leaves norms and router in fp32 whatever it is. `settings` are
+    those of the format's `write`. The tokenizer files of a Hugging Face folder come along into another unless
+    `tokenizer` says otherwise.
     """
     writable = [name for name, format in FORMATS.items() if format.write]
     write = FORMATS[to].write if to in FORMATS else None
     if write is None:
         raise WeightsError(f"checkpoints cannot be written as {to!r}: use {' or '.join(writable)}.")
     reader = open_reader(src) if isinstance(src, str | Path) else src
-    if to == "hf" and isinstance(reader, hf.HfReader):
-        settings.setdefault("tokenizer", hf.tokenizer_folder(reader.path))
-    write(reader, Path(dst), dtype=dtype, **settings)
+    if to == "hf" and isinstance(reader, StoredReader) and reader.format == "hf":
+        settings.setdefault("tokenizer", tokenizer_folder(reader.path))
+    if dtype is not None:
+        reader = CastReader(reader, dtype, keep_fp32=keep_fp32)
+    write(reader, Path(dst), **settings)

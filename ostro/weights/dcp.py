@@ -27,7 +27,7 @@ from ostro.errors import ConfigError, Error, OutOfMemory, WeightsError
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
 from ostro.weights.folder import not_written, written_beside
-from ostro.weights.store import Reader, Shape, TensorInfo, Where, cast, match_depth, match_shapes
+from ostro.weights.store import NO_HINTS, Hints, Reader, Shape, TensorInfo, Where, match_depth, match_shapes
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -128,6 +128,17 @@ def find(path: Path) -> Path | None:
     return path if _is_whole(path) else latest(path) or latest(path / "checkpoints")
 
 
+def _of_step(path: Path, step: int) -> Path:
+    """Return the checkpoint of a step in a run directory or a folder of checkpoints."""
+    found = _steps(path) | _steps(path / "checkpoints")
+    if step not in found:
+        raise WeightsError(
+            f"{path} holds no whole checkpoint of step {step}; it has {', '.join(map(str, sorted(found))) or 'none'}: "
+            "choose one of those."
+        )
+    return found[step]
+
+
 class CheckpointReader:
     """The weights of a training checkpoint as a reader; WeightsError if it holds no sound model.
 
@@ -137,14 +148,15 @@ class CheckpointReader:
 
     format = "dcp"
 
-    def __init__(self, path: Path) -> None:
-        folder = find(path)
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        folder = find(path) if step is None else _of_step(path, step)
         if folder is None:
             raise WeightsError(
                 f"{path} holds no whole training checkpoint: the run was interrupted before its first one; "
                 "resume it or give another folder."
             )
         self.path = folder
+        self.notes = (f"the checkpoint is {folder.name}",) if folder != path else ()
         fields = read_state(folder).get("model")
         if not isinstance(fields, dict):
             raise WeightsError(f"{folder / _STATE} does not say what model it is of: {_DAMAGED}.")
@@ -184,16 +196,14 @@ def detect(path: Path) -> bool:
     return (path / _METADATA).exists() or any(any(folder.glob("step-*")) for folder in around)
 
 
-def open_reader(path: Path) -> CheckpointReader:
+def open_reader(path: Path, hints: Hints = NO_HINTS) -> CheckpointReader:
     """Open a checkpoint, a folder of them, or a run directory."""
-    return CheckpointReader(path)
+    return CheckpointReader(path, hints.step)
 
 
-def write(reader: Reader, path: Path, *, dtype: torch.dtype | None = None) -> None:
+def write(reader: Reader, path: Path) -> None:
     """Write the weights alone as a training checkpoint; the whole model is in memory while this runs."""
     tensors = {WEIGHTS_PREFIX + name: reader.read(name) for name in reader.names()}
-    if dtype is not None:
-        tensors = {name: cast(tensor, dtype, name) for name, tensor in tensors.items()}
     _save(path, tensors, {"model": reader.model.as_fields()}, replace=False)
 
 

@@ -1,13 +1,54 @@
-"""Hugging Face's config.json and generation_config.json, to and from `ModelConfig`."""
+"""What lies beside the tensors: Hugging Face's config.json and generation_config.json, and tokenizer files."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from ostro.errors import ConfigError, WeightsError
 from ostro.model.settings import ModelConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+SaveTokenizer = Path | Callable[[Path], None] | None
+"""A folder whose tokenizer files are copied, a function that saves a tokenizer into a folder, or none."""
+
+
+def tokenizer_folder(path: Path) -> Path | None:
+    """Return the folder of a checkpoint if tokenizer files lie in it."""
+    folder = path if path.is_dir() else path.parent
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def save_tokenizer(tokenizer: SaveTokenizer, folder: Path) -> None:
+    """Put the files of a tokenizer into `folder`; WeightsError for a folder that has none."""
+    if tokenizer is None:
+        return
+    if callable(tokenizer):
+        tokenizer(folder)
+        return
+    found = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+    if not found:
+        raise WeightsError(f"{tokenizer} holds no tokenizer file: give the folder that has tokenizer.json.")
+    for file in found:
+        shutil.copyfile(file, folder / file.name)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,8 +72,9 @@ def read_config(path: Path) -> ModelConfig:
         raise WeightsError(f"{path}: {error}") from error
 
 
-def config_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return a config.json that transformers 4 and 5 both read; `dtype` is e.g. bfloat16."""
+def config_fields(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a config.json that transformers 4 and 5 both read."""
+    word = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -41,8 +83,8 @@ def config_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
         "attention_dropout": 0.0,
         "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+        "dtype": word,
+        "torch_dtype": word,
     }
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ostro.errors import WeightsError
-from ostro.weights.store import TensorInfo, as_bytes
+from ostro.weights.mapped import MappedFile, Parts, write_parts, writing
+from ostro.weights.store import TensorInfo, Where
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,86 +33,63 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-BLOCK_BYTES = 1 << 20  # 1 MiB buffers copy six times faster than 128 MB ones
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DAMAGED = "the file is damaged or is not a safetensors file; fetch or write it again"
 
-# Private, so that a write into a tensor by mistake changes this process alone; not reserved, so that a file
-# larger than the memory can be mapped. Python < 3.13 does not name the second flag.
-_MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
 
 class SafetensorsFile:
-    """An open file: `infos` by name, and views of its tensors.
+    """An open file: `infos` by name, views of its tensors, and the strings of its `__metadata__`.
 
     Raises WeightsError for a file that is missing, truncated, or whose header contradicts itself or the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                num_bytes = file.seek(0, 2)
-                file.seek(0)
-                header, start = _read_header(file.read, num_bytes, path)
-                self.infos, self._offsets = _entries(header, num_bytes - start, path)
-                self._start = start
-                self._bytes = _map(file.fileno(), num_bytes)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be read ({error.strerror or error}): check the path.") from error
+        self._mapped = MappedFile(path)
+        header, self._start = _read_header(self._mapped)
+        found = header.pop("__metadata__", None)
+        self.metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+        self.infos, self._offsets = _entries(header, self._mapped.num_bytes - self._start, path)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, a view of the mapped file: index it to read only a part."""
-        info, offset = self.infos[name], self._start + self._offsets[name]
-        raw = self._bytes[offset : offset + info.num_bytes]
-        if offset % info.dtype.itemsize:
-            raw = raw.clone()  # a view must start at a multiple of the item; not every writer pads its header
-        return raw.view(info.dtype).view(info.shape)
+    def tensor(self, name: str, where: Where = ()) -> Tensor:
+        """Return a tensor or a slice of it, a view of the mapped file."""
+        info = self.infos[name]
+        return self._mapped.tensor(self._start + self._offsets[name], info.shape, info.dtype)[where]
 
 
-def write_file(path: Path, infos: Mapping[str, TensorInfo], tensor: Callable[[str], Tensor]) -> None:
-    """Write the tensors in the order of `infos`, asking `tensor(name)` for one after another.
+def write_file(
+    path: Path, infos: Mapping[str, TensorInfo], parts: Parts, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the tensors in the order of `infos`, one part after another; `metadata` is {"format": "pt"} unless given.
 
-    Only one tensor is held at a time. OSError is the caller's, who knows what to clean up.
+    OSError is the caller's, who knows what to clean up.
     """
     words = {dtype: word for word, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     for name, info in infos.items():
         begin, end = end, end + info.num_bytes
         header[name] = {"dtype": words[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
-        _write_all(file.write, memoryview(struct.pack("<Q", len(text)) + text))
+    with writing(path) as write:
+        write(struct.pack("<Q", len(text)) + text)
         for name, info in infos.items():
-            value = tensor(name)
-            assert (tuple(value.shape), value.dtype) == (info.shape, info.dtype), name
-            _write_all(file.write, as_bytes(value))
+            write_parts(write, name, info, parts)
 
 
-def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += write(data[done : done + BLOCK_BYTES]) or 0
-
-
-def _map(descriptor: int, num_bytes: int) -> Tensor:
-    mapped = mmap.mmap(descriptor, num_bytes, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-def _read_header(read: Callable[[int], bytes], num_bytes: int, path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(mapped: MappedFile) -> tuple[dict[str, Any], int]:
     """Return the parsed header and where the tensors' bytes start."""
+    path, num_bytes = mapped.path, mapped.num_bytes
     if num_bytes < 8:
         raise WeightsError(f"{path} has {num_bytes} bytes, too few for a safetensors file: {_DAMAGED}.")
-    (length,) = struct.unpack("<Q", read(8))
+    (length,) = struct.unpack("<Q", mapped.data[:8])
     if length > min(num_bytes - 8, _MAX_HEADER_BYTES):
         raise WeightsError(
             f"{path} announces a header of {length} bytes, the file has {num_bytes - 8} after it: {_DAMAGED}."
         )
     try:
-        header = json.loads(read(length), object_pairs_hook=_refuse_duplicates)
+        header = json.loads(mapped.data[8 : 8 + length], object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} has a header that is not sound JSON ({error}): {_DAMAGED}.") from error
     if not isinstance(header, dict):
@@ -132,7 +108,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entries(header: dict[str, Any], data_bytes: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     """Return shape and dtype, and the offset behind the header, of every tensor; gaps are an error."""
-    header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():

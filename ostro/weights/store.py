@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +53,11 @@ class Reader(Protocol):
         """The architecture the tensors belong to."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was found and chosen on the way, each a few words for the user."""
+        ...
+
     def names(self) -> Mapping[str, TensorInfo]:
         """Return every tensor of `layout.table(model)`, in its order."""
         ...
@@ -67,6 +74,7 @@ class ModuleReader:
     """
 
     format = "module"
+    notes = ()
 
     def __init__(self, module: nn.Module, model: ModelConfig, dtype: torch.dtype | None = None) -> None:
         self.model = model
@@ -96,6 +104,7 @@ class RandomReader:
     """
 
     format = "random"
+    notes = ()
 
     def __init__(self, model: ModelConfig, seed: int = 0) -> None:
         self.model = model
@@ -128,6 +137,40 @@ class RandomReader:
         return assemble(shape[:-2], where, matrix)
 
 
+class CastReader:
+    """Another reader's tensors in `dtype`; with `keep_fp32`, norms and the router in fp32 all the same."""
+
+    def __init__(self, source: Reader, dtype: torch.dtype, *, keep_fp32: bool = False) -> None:
+        self.format = source.format
+        self.model = source.model
+        self.notes = source.notes
+        self._source = source
+        self._infos = {
+            p.name: TensorInfo(p.shape, torch.float32 if keep_fp32 and _is_delicate(p.kind) else dtype)
+            for p in layout.parameters(source.model)
+        }
+
+    def names(self) -> dict[str, TensorInfo]:
+        """Return every tensor of the table, with the dtype it is cast to."""
+        return self._infos
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """Return a slice; WeightsError for a value that the dtype cannot hold."""
+        return cast(self._source.read(name, where), self._infos[name].dtype, label(name, where))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What a path does not say by itself and the user did: the model, strategy files, and which step is meant."""
+
+    model: ModelConfig | None = None
+    strategy: Path | None = None
+    step: int | None = None
+
+
+NO_HINTS = Hints()
+
+
 def assemble(sizes: Shape, where: Where, piece: Callable[[tuple[int, ...], Where], Tensor]) -> Tensor:
     """Stack a tensor from pieces that are kept apart along its leading dims `sizes` (experts, halves).
 
@@ -150,14 +193,14 @@ def assemble(sizes: Shape, where: Where, piece: Callable[[tuple[int, ...], Where
     return level((), where)
 
 
-def pieces(parameter: layout.Parameter) -> Iterator[Where]:
+def stack_sizes(parameter: layout.Parameter) -> Shape:
+    """Return the leading dims along which a parameter is a stack of matrices: (experts, halves), (experts,) or ()."""
+    return parameter.shape[:-2] if parameter.kind in (layout.W13, layout.W2) else ()
+
+
+def pieces(parameter: layout.Parameter) -> Iterator[tuple[int, ...]]:
     """Yield what is moved at a time: one expert's one matrix, or a whole tensor that is not an expert's."""
-    if parameter.kind is layout.W13:
-        yield from ((expert, half) for expert in range(parameter.shape[0]) for half in range(2))
-    elif parameter.kind is layout.W2:
-        yield from ((expert,) for expert in range(parameter.shape[0]))
-    else:
-        yield ()
+    return product(*map(range, stack_sizes(parameter)))
 
 
 def label(name: str, where: Where) -> str:
@@ -209,13 +252,18 @@ def match_shapes(source: str, held: Mapping[str, Shape], wanted: Mapping[str, Sh
         )
 
 
-def match_depth(source: str, names: Mapping[str, Any], model: ModelConfig) -> None:
+def depth(names: Iterable[str], layers: str = "model.layers.") -> int:
+    """Return the number of layers that names like `model.layers.3.…` have; `layers` is what precedes the number."""
+    parts = (name[len(layers) :].partition(".")[0] for name in names if name.startswith(layers))
+    return max((int(part) for part in parts if _is_index(part)), default=-1) + 1
+
+
+def match_depth(source: str, names: Iterable[str], model: ModelConfig, layers: str = "model.layers.") -> None:
     """Raise WeightsError unless the names belong to `num_hidden_layers` layers.
 
     Comes before `match_shapes`, whose table would be endless for an absurd number of layers.
     """
-    layers = {int(part) for name in names if name.startswith("model.layers.") and _is_index(part := name.split(".")[2])}
-    held = max(layers, default=-1) + 1
+    held = depth(names, layers)
     if held != model.num_hidden_layers:
         raise WeightsError(
             f"{source} holds {held} layers, its configuration says "
@@ -349,6 +397,11 @@ def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 def _wanted(model: ModelConfig) -> dict[str, Shape]:
     return {name: parameter.shape for name, parameter in layout.table(model).items()}
+
+
+def _is_delicate(kind: layout.Kind) -> bool:
+    """Whether it is a norm or the router: small, and what mixed precision leaves in fp32."""
+    return not kind.is_matrix or kind is layout.GATE
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class Altered:
     alter: Callable[[str, Where, Tensor], Tensor]
 
     format = "altered"
+    notes = ()
 
     @property
     def model(self) -> ModelConfig:

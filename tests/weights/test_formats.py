@@ -72,13 +72,14 @@ def test_a_path_that_holds_nothing_known(tmp_path: Path) -> None:
         with pytest.raises(WeightsError) as caught:
             open_reader(path)
         message = str(caught.value)
-        assert message.startswith(f"{path} holds neither a Hugging Face checkpoint (config.json with")
+        assert message.startswith(f"{path} holds neither ")
+        assert "a Hugging Face checkpoint (config.json with" in message
         assert "nor a training checkpoint" in message
     with pytest.raises(WeightsError, match="absent does not exist"):
         detect(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["random", "gguf"])
+@pytest.mark.parametrize("name", ["random", "onnx"])
 def test_a_format_that_cannot_be_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(WeightsError, match=f"cannot be written as '{name}': use hf or dcp"):
+    with pytest.raises(WeightsError, match=f"cannot be written as '{name}': use "):
         convert(random(), tmp_path / "x", to=name)

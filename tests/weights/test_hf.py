@@ -23,8 +23,9 @@ from small_models import (
     transformers_model,
 )
 
+from ostro.config import preset
 from ostro.errors import OutOfMemory, WeightsError
-from ostro.weights import convert, detect, digest, hf, open_reader
+from ostro.weights import Hints, convert, detect, digest, hf, open_reader
 from ostro.weights.hf_config import read_config
 
 MODELS = {
@@ -177,12 +178,28 @@ def test_a_piece_is_a_view_of_the_file(single: Path, stacked: bool) -> None:
     assert torch.equal(reader.read(name, (slice(1, 3), 0, slice(2, 5))), random().read(name)[1:3, 0, 2:5])
 
 
-def test_a_single_file_beside_its_config(single: Path) -> None:
+def test_a_single_file_beside_its_config(single: Path, tmp_path: Path) -> None:
     (single / "model.safetensors").rename(single / "renamed.safetensors")
-    assert "it holds renamed.safetensors: give that file itself, or rename it" in refusal(single)
-    assert digest(open_reader(single / "renamed.safetensors")) == digest(random())
-    (single / "config.json").unlink()
-    assert "has no config.json" in refusal(single / "renamed.safetensors")
+    for path in (single, single / "renamed.safetensors"):
+        assert digest(open_reader(path)) == digest(random())
+    (single / "config.json").rename(tmp_path / "config.json")
+    for path in (single, single / "renamed.safetensors"):
+        assert "comes without a configuration and fits no preset (2 layers; its first tensor is model.e" in refusal(
+            path
+        )
+        model = read_config(tmp_path / "config.json")
+        assert digest(open_reader(path, Hints(model=model))) == digest(random())
+
+
+def test_one_giant_file_without_metadata_or_config_is_of_the_preset_that_fits(tmp_path: Path) -> None:
+    # What MindFormers' convert_reversed.py left behind: no __metadata__, no index, no config.json.
+    hf.write(random(preset("tiny")), tmp_path / "x")
+    held = load_file(tmp_path / "x" / "model.safetensors")
+    save_file(held, tmp_path / "mixtral8_7b.safetensors")
+    reader = open_reader(tmp_path / "mixtral8_7b.safetensors")
+    assert reader.model == preset("tiny")
+    assert "the sizes are those of tiny" in reader.notes[0]
+    assert digest(reader) == digest(open_reader(tmp_path / "x"))
 
 
 # config.json
@@ -238,7 +255,7 @@ def test_config_dialects(single: Path, changes: dict, field: str, value: object)
         ),
         (
             {"num_local_experts": 2},
-            "gate.weight has the shape 3×16: the configuration belongs to another model",
+            "gate.weight has the shape 3×16: it belongs to another model",
         ),
         (
             {"vocab_size": 32000},
@@ -323,7 +340,9 @@ def test_something_else_under_the_right_name(single: Path) -> None:
 
 def test_a_folder_with_a_pickle_only(single: Path) -> None:
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    assert "pytorch_model.bin, a pickle, which Ostro never loads" in refusal(single)
+    assert "pytorch_model.bin is not an archive as PyTorch writes it" in refusal(single)
+    torch.save({"a": print}, single / "pytorch_model.bin")
+    assert "pytorch_model.bin cannot be read as tensors alone" in refusal(single)
     (single / "pytorch_model.bin").unlink()
     assert "neither model.safetensors nor model.safetensors.index.json: the download" in refusal(single)
 
@@ -415,7 +434,7 @@ def test_values_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
         return tensor.fill_(1e6) if name == "model.norm.weight" else tensor
 
     with pytest.raises(WeightsError, match=r"model\.norm\.weight has 16 of 16 values that float16 cannot hold"):
-        hf.write(Altered(random(), enlarge), tmp_path / "x", dtype=torch.float16)
+        convert(Altered(random(), enlarge), tmp_path / "x", to="hf", dtype=torch.float16)
     assert_nothing_left(tmp_path)
 
 

@@ -23,7 +23,7 @@ TENSORS = {word: torch.arange(24).remainder(2).to(dtype).reshape(2, 3, 4) for wo
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    write_file(path, infos, tensors.__getitem__)
+    write_file(path, infos, lambda name: [tensors[name]])
     return path
 
 

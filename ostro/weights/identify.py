@@ -1,0 +1,48 @@
+"""Which model an unlabelled checkpoint is of: the shipped preset whose sizes its tensors have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ostro.errors import WeightsError
+from ostro.model import layout
+from ostro.model.settings import ModelConfig
+from ostro.weights.store import TensorInfo, architecture_difference, depth, pieces
+from ostro.weights.stored import SourceOf
+
+
+def identify(
+    path: Path, infos: Mapping[str, TensorInfo], source_of: Callable[[ModelConfig], SourceOf], layers: str
+) -> tuple[ModelConfig, str]:
+    """Return the preset that fits the tensors, and its name; WeightsError unless exactly one does.
+
+    Presets that differ in nothing that is computed with count as one: the first is taken.
+    """
+    from ostro import config
+
+    presets = {name: config.preset(name) for name in config.preset_names()}
+    fitting = {name: model for name, model in presets.items() if _fits(infos, model, source_of(model), layers)}
+    names = list(fitting)
+    if names and all(architecture_difference(fitting[names[0]], fitting[name]) is None for name in names):
+        return fitting[names[0]], names[0]
+    sizes = f"{depth(infos, layers)} layers; its first tensor is {_first(infos)}"
+    if names:
+        raise WeightsError(f"{path} fits the presets {' and '.join(names)}: say which with --model.")
+    raise WeightsError(
+        f"{path} comes without a configuration and fits no preset ({sizes}): give its own with --model config.json."
+    )
+
+
+def _fits(infos: Mapping[str, TensorInfo], model: ModelConfig, source: SourceOf, layers: str) -> bool:
+    if depth(infos, layers) != model.num_hidden_layers:
+        return False
+    one_layer = (p for p in layout.parameters(model) if p.layer in (None, 0))
+    sources = (source(parameter, stack) for parameter in one_layer for stack in pieces(parameter))
+    return all(s.name in infos and infos[s.name].shape == s.shape for s in sources)
+
+
+def _first(infos: Mapping[str, TensorInfo]) -> str:
+    for name, info in infos.items():
+        return f"{name} of {'×'.join(map(str, info.shape))}"
+    return "none"
