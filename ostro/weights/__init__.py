@@ -7,6 +7,7 @@ line in `FORMATS`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from ostro.errors import ConfigError, WeightsError
-from ostro.weights import dcp, hf
+from ostro.weights import dcp, hf, mindspore
 from ostro.weights.hf_config import tokenizer_folder
 from ostro.weights.store import (
     NO_HINTS,
@@ -71,6 +72,23 @@ class Format:
 
 FORMATS = {
     "dcp": Format("dcp", dcp.WHAT, dcp.detect, dcp.open_reader, dcp.write, ("step",)),
+    "mindspore": Format(
+        "mindspore",
+        mindspore.WHAT,
+        mindspore.detect,
+        mindspore.open_reader,
+        mindspore.write,
+        ("format", "model", "strategy", "step"),
+    ),
+    # Told from the one above when its tensors are seen.
+    "mindspore-gmm": Format(
+        "mindspore-gmm",
+        mindspore.WHAT,
+        lambda path: False,
+        mindspore.open_reader,
+        functools.partial(mindspore.write, is_gmm=True),
+        ("format", "model", "strategy", "step"),
+    ),
     # Last: a folder of any other format may have a config.json too.
     "hf": Format("hf", hf.WHAT, hf.detect, hf.open_reader, hf.write, ("model",)),
     # Not a path: opened as open_reader(model, seed).
@@ -97,7 +115,7 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
     """
     path = Path(path)
     try:
-        format = FORMATS[detect(path)]
+        format = FORMATS[hints.format or detect(path)]
         for field in dataclasses.fields(hints):
             if getattr(hints, field.name) is not None and field.name not in format.hints:
                 raise ConfigError(

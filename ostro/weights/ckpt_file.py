@@ -80,7 +80,7 @@ class CkptFile:
         data, num_bytes = self._mapped.data, self._mapped.num_bytes
         if data[:4] in _ENCRYPTED:
             raise WeightsError(
-                f"{path} is encrypted (MindSpore's enc_key): load it in MindSpore with dec_key and save it without a key."
+                f"{path} is encrypted (enc_key): load it in MindSpore with dec_key and save it again without a key."
             )
         # Stripped whenever it looks like one, for MindSpore does so too.
         trailer = data[max(0, num_bytes - _CRC_BYTES) : num_bytes]
@@ -156,7 +156,9 @@ class CkptFile:
         try:
             return found.decode("utf-32-le").rstrip("\0")  # numpy pads with zeros, and cannot hold them at the end
         except UnicodeDecodeError:
-            raise WeightsError(f"{self.path} holds the string {name} in bytes that are no UTF-32: {_DAMAGED}.") from None
+            raise WeightsError(
+                f"{self.path} holds the string {name} in bytes that are no UTF-32: {_DAMAGED}."
+            ) from None
 
 
 def write_ckpt(
@@ -291,7 +293,7 @@ def _in_records(write: Write, name: str, info: TensorInfo) -> Write:
     def write_bytes(data: memoryview | bytes) -> None:
         nonlocal left, room
         view = memoryview(data)
-        while len(view):
+        while view:
             if not room:
                 room = min(left, RECORD_BYTES)
                 left -= room

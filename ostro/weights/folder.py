@@ -16,17 +16,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def written_beside(target: Path, *, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
+def written_beside(target: Path, *, needed_bytes: int, replace: bool = False, is_file: bool = False) -> Iterator[Path]:
     """Give a fresh folder beside `target`; when the block ends, sync it and rename it to `target`.
 
-    If the block raises, nothing is left behind. A target that exists and is not empty raises WeightsError
-    before anything is written, unless `replace`; too little free space raises OutOfMemory.
+    With `is_file` the path given is that of a file, which the block writes. If the block raises, nothing is left
+    behind. A target that exists and is not empty raises WeightsError before anything is written, unless
+    `replace`; too little free space raises OutOfMemory.
     """
     target = target.absolute()
     made: list[Path] = []
     partial = _beside(target)
     try:
-        _require_free(target, replace)
+        _require_free(target, replace, is_file)
         made = _make_parents(target.parent)
         free_bytes = shutil.disk_usage(target.parent).free
         if free_bytes < needed_bytes:
@@ -34,7 +35,8 @@ def written_beside(target: Path, *, needed_bytes: int, replace: bool = False) ->
                 f"{target} needs {_size(needed_bytes)}, its disk has {_size(free_bytes)} free: "
                 "free some space or choose another disk."
             )
-        partial.mkdir()
+        if not is_file:
+            partial.mkdir()
         yield partial
         _sync(partial)
         _rename(partial, target, replace)
@@ -42,7 +44,7 @@ def written_beside(target: Path, *, needed_bytes: int, replace: bool = False) ->
     except OSError as error:
         raise not_written(target, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True) if is_file else shutil.rmtree(partial, ignore_errors=True)
         for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -63,8 +65,11 @@ def _beside(target: Path) -> Path:
     return target.parent / f"{target.name}.partial-{secrets.token_hex(4)}"
 
 
-def _require_free(target: Path, replace: bool) -> None:
-    if target.is_dir():
+def _require_free(target: Path, replace: bool, is_file: bool) -> None:
+    if is_file:
+        if target.exists():
+            raise WeightsError(f"{target} exists: choose another name or remove it.")
+    elif target.is_dir():
         if not replace and any(target.iterdir()):
             raise WeightsError(f"{target} exists and is not empty: choose another folder or remove it.")
     elif target.exists():

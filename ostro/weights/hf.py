@@ -108,7 +108,7 @@ def write(reader: Reader, path: Path, *, max_shard_bytes: int = 5_000_000_000, t
         save_tokenizer(tokenizer, folder)
         write_json(folder / "config.json", config_fields(reader.model, reader.names()[layout.EMBEDDING.name].dtype))
         write_json(folder / "generation_config.json", generation_fields(reader.model))
-        parts = streamed(tensors.values(), reader)
+        parts = streamed(tensors.values())
         for file, names in shards.items():
             write_file(folder / file, {name: tensors[name].info for name in names}, parts)
         if len(shards) > 1:

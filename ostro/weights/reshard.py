@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from ostro.weights.store import Shape
+import torch
+from torch import Tensor
+
+from ostro.weights.store import Shape, TensorInfo, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,64 @@ def whole(shape: Shape) -> Box:
     return Box((0,) * len(shape), shape)
 
 
-def is_covered(shape: Shape, boxes: Sequence[Box]) -> bool:
-    """Whether boxes that are equal or apart from each other make up the whole tensor."""
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A block of a tensor, and what reads a slice of it."""
+
+    box: Box
+    read: Callable[[Where], Tensor]
+
+
+def is_covered(shape: Shape, boxes: Iterable[Box]) -> bool:
+    """Whether boxes, of which any two are equal or apart, make up the whole tensor."""
     return sum(box.num_elements for box in set(boxes)) == math.prod(shape)
+
+
+def gather(shape: Shape, dtype: torch.dtype, shards: Sequence[Shard], where: Where = ()) -> Tensor:
+    """Return `tensor[where]` out of shards that cover it: what one shard holds is not copied."""
+    asked, index = _asked(shape, where)
+    out: Tensor | None = None
+    for shard in shards:
+        common = asked.overlap(shard.box)
+        if common is None:
+            continue
+        if common == asked:
+            return shard.read(common.within(shard.box).where)[index]
+        if out is None:
+            out = torch.empty(asked.sizes, dtype=dtype)
+        out[common.within(asked).where] = shard.read(common.within(shard.box).where)
+    return torch.empty(asked.sizes, dtype=dtype)[index] if out is None else out[index]
+
+
+class GatheredFile:
+    """Tensors that lie in pieces in many files, as one file. `shards` cover each tensor of `infos`."""
+
+    def __init__(self, path: Path, infos: Mapping[str, TensorInfo], shards: Mapping[str, Sequence[Shard]]) -> None:
+        self.path = path
+        self.infos = infos
+        self._shards = shards
+
+    def tensor(self, name: str, where: Where = ()) -> Tensor:
+        """Return a tensor or a slice of it: a view of a file where one file holds it."""
+        info = self.infos[name]
+        return gather(info.shape, info.dtype, self._shards[name], where)
+
+
+def _asked(shape: Shape, where: Where) -> tuple[Box, Where]:
+    """Return the block that an index touches, and the index to apply to the block."""
+    offsets: list[int] = []
+    sizes: list[int] = []
+    index: list[int | slice] = []
+    for dim, size in enumerate(shape):
+        at = where[dim] if dim < len(where) else slice(None)
+        if isinstance(at, int):
+            offsets.append(range(size)[at])
+            sizes.append(1)
+            index.append(0)
+        else:
+            picked = range(size)[at]
+            assert picked.step > 0
+            offsets.append(picked.start if picked else 0)
+            sizes.append(picked[-1] + 1 - picked.start if picked else 0)
+            index.append(slice(None, None, picked.step))
+    return Box(tuple(offsets), tuple(sizes)), tuple(index)

@@ -161,8 +161,9 @@ class CastReader:
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What a path does not say by itself and the user did: the model, strategy files, and which step is meant."""
+    """What a path does not say by itself and the user did: its format, the model, strategy files, and which step."""
 
+    format: str | None = None
     model: ModelConfig | None = None
     strategy: Path | None = None
     step: int | None = None

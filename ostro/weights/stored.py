@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,10 +48,11 @@ class Order:
 
     load: Callable[[Tensor], Tensor]
     save: Callable[[Tensor], Tensor]
+    is_transposed: bool = False
 
 
 AS_IT_IS = Order(lambda held: held, lambda piece: piece)
-TRANSPOSED = Order(lambda held: held.transpose(-2, -1), lambda piece: piece.transpose(-2, -1))
+TRANSPOSED = Order(lambda held: held.transpose(-2, -1), lambda piece: piece.transpose(-2, -1), is_transposed=True)
 
 
 def interleaved(head_dim: int) -> Order:
@@ -89,7 +91,8 @@ SourceOf = Callable[[layout.Parameter, tuple[int, ...]], Source]
 class StoredReader:
     """Files of a format as a reader of canonical tensors.
 
-    `files` has the file of every tensor that is the model's; `notes` are sentences on what was found and chosen.
+    `files` has the file of every tensor that is the model's, `others` of those that are known not to be; `notes` are
+    sentences on what was found and chosen.
     Until `check` was called, reading may fail.
     """
 
@@ -104,6 +107,8 @@ class StoredReader:
         layers: str = "model.layers.",
         notes: Sequence[str] = (),
         advice: str = "",
+        certify: Callable[[], object] | None = None,
+        others: Mapping[str, TensorFile] = types.MappingProxyType({}),
     ) -> None:
         self.format = format
         self.path = path
@@ -113,6 +118,8 @@ class StoredReader:
         self._source = source
         self._layers = layers
         self._advice = advice
+        self._certify = certify
+        self.others = others
         self._parameters: dict[str, layout.Parameter] = {}
 
     def names(self) -> dict[str, TensorInfo]:
@@ -151,6 +158,12 @@ class StoredReader:
         self._check_tied(held)
         shapes = {name: info.shape for name, info in held.items()}
         match_shapes(str(self.path), shapes, self.wanted(), self._advice)
+
+    def certify(self) -> None:
+        """Read what proves the files sound beyond the tensors (checksums, the copies on other ranks): WeightsError if
+        it does not agree."""
+        if self._certify is not None:
+            self._certify()
 
     def held(self) -> dict[str, TensorInfo]:
         """Return the tensors of the files."""
@@ -209,11 +222,12 @@ class FileTensor:
 
     name: str
     info: TensorInfo
-    pieces: tuple[tuple[str, tuple[int, ...], Source], ...]  # parameter, stack, source
+    reader: Reader
+    pieces: tuple[tuple[str, Where, Source], ...]  # parameter, which part of it, source
 
-    def parts(self, reader: Reader, box: Box | None = None) -> Iterator[Tensor]:
+    def parts(self, box: Box | None = None) -> Iterator[Tensor]:
         """Yield the tensor, or a box of it, piece by piece."""
-        for name, stack, source in self.pieces:
+        for name, where, source in self.pieces:
             if box is None:
                 rest: tuple[slice, ...] = ()
             else:
@@ -222,31 +236,31 @@ class FileTensor:
                     continue
                 rest = box.where[lead:]
             if source.order is AS_IT_IS:
-                yield reader.read(name, (*stack, *rest))
+                yield self.reader.read(name, (*where, *rest))
             else:
-                yield source.order.save(reader.read(name, stack))[rest]
+                yield source.order.save(self.reader.read(name, where))[rest]
 
 
 def file_tensors(reader: Reader, source: SourceOf) -> dict[str, FileTensor]:
     """Return the tensors that a model has in a format, in the order of the parameter table."""
     infos = reader.names()
-    found: dict[str, list[tuple[str, tuple[int, ...], Source]]] = {}
+    found: dict[str, list[tuple[str, Where, Source]]] = {}
     for parameter in layout.parameters(reader.model):
         for stack in pieces(parameter):
             at = source(parameter, stack)
             found.setdefault(at.name, []).append((parameter.name, stack, at))
     return {
-        name: FileTensor(name, TensorInfo(held[0][2].shape, infos[held[0][0]].dtype), tuple(held))
+        name: FileTensor(name, TensorInfo(held[0][2].shape, infos[held[0][0]].dtype), reader, tuple(held))
         for name, held in found.items()
     }
 
 
-def streamed(tensors: Iterable[FileTensor], reader: Reader, boxes: Mapping[str, Box] | None = None) -> Parts:
+def streamed(tensors: Iterable[FileTensor], boxes: Mapping[str, Box] | None = None) -> Parts:
     """Return what gives the parts of each tensor, which must be asked for in this order, read one ahead."""
 
     def every() -> Iterator[tuple[str, Tensor]]:
         for tensor in tensors:
-            for part in tensor.parts(reader, boxes[tensor.name] if boxes else None):
+            for part in tensor.parts(boxes[tensor.name] if boxes else None):
                 yield tensor.name, part.contiguous()
 
     groups = itertools.groupby(_ahead(every()), key=lambda pair: pair[0])

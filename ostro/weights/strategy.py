@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from ostro.errors import WeightsError
 from ostro.weights import wire
@@ -22,6 +22,8 @@ from ostro.weights.store import Shape
 
 _NO_AXIS = -1
 _ALL_REPEATS = -1
+_MAX_STAGE = 999_999
+_OPERATOR_STRATEGY = (1, 1)  # of the one operator a stage that carries its number
 _MERGED_NAME = re.compile(r"([0-9]{1,6})-(.+)", re.DOTALL)
 _DAMAGED = "the file is damaged or is not a MindSpore strategy file; take it from the run again"
 
@@ -47,12 +49,12 @@ class TensorLayout:
     def __post_init__(self) -> None:
         axes = [axis for dim in self.tensor_map for axis in dim]
         if any(size < 1 for size in self.dev_matrix):
-            raise WeightsError(f"its dev_matrix {list(self.dev_matrix)} has an axis without devices")
+            raise WeightsError(f"the dev_matrix {list(self.dev_matrix)} has an axis without devices.")
         if any(not 0 <= axis < len(self.dev_matrix) for axis in axes):
-            raise WeightsError(f"its tensor_map names an axis that its dev_matrix {list(self.dev_matrix)} lacks")
+            raise WeightsError(f"the tensor_map names an axis that the dev_matrix {list(self.dev_matrix)} lacks.")
         cutting = [axis for axis in axes if self._axis_size(axis) > 1]
         if len(set(cutting)) != len(cutting):
-            raise WeightsError(f"its tensor_map {_listed(self.tensor_map)} cuts twice along one axis")
+            raise WeightsError(f"the tensor_map {_listed(self.tensor_map)} cuts twice along one axis.")
         self._opt_axes()
 
     @property
@@ -105,7 +107,7 @@ class TensorLayout:
         return self.dev_matrix[-1 - axis]
 
     def _place(self, rank: int, axes: list[tuple[int, int]]) -> int:
-        """Return which of the parts along some axes is the rank's; of an axis, `size` parts counted from its minor end."""
+        """Return which of the parts along some axes is the rank's; `size` are those of an axis, neighbours apart."""
         place = 0
         for axis, size in axes:
             stride = math.prod(self.dev_matrix[len(self.dev_matrix) - axis :])
@@ -120,7 +122,7 @@ class TensorLayout:
         free = [axis for axis in range(len(self.dev_matrix)) if axis not in used and self._axis_size(axis) > 1]
         left = math.prod(map(self._axis_size, free)) if self.opt_size == _ALL_REPEATS else self.opt_size
         if left < 1 or self.opt_step < 1:
-            raise WeightsError(f"its optimizer shard has size {self.opt_size} and step {self.opt_step}")
+            raise WeightsError(f"the optimizer shard has size {self.opt_size} and step {self.opt_step}.")
         found: list[tuple[int, int]] = []
         asked = left
         for axis in free:
@@ -133,13 +135,13 @@ class TensorLayout:
                 break
         if left > 1:
             raise WeightsError(
-                f"its optimizer shard of size {asked} does not fit the axes of its dev_matrix "
-                f"{list(self.dev_matrix)} that its tensor_map {_listed(self.tensor_map)} leaves free"
+                f"the optimizer shard of size {asked} does not fit the axes of the dev_matrix "
+                f"{list(self.dev_matrix)} that the tensor_map {_listed(self.tensor_map)} leaves free."
             )
         # With several free axes MindSpore does not look at the step, and neither is it one number.
         step = math.prod(self.dev_matrix[len(self.dev_matrix) - free[0] :]) if len(free) == 1 else self.opt_step
         if asked > 1 and step != self.opt_step:
-            raise WeightsError(f"its optimizer shard has step {self.opt_step} where its dev_matrix makes it {step}")
+            raise WeightsError(f"the optimizer shard has step {self.opt_step} where the dev_matrix makes it {step}.")
         return [(axis, size) for axis, size in found if size > 1]
 
 
@@ -155,14 +157,14 @@ class Strategy:
 
     def __post_init__(self) -> None:
         if not self.layouts:
-            raise WeightsError(f"stage {self.stage} lists no parameter")
+            raise WeightsError(f"stage {self.stage} lists no parameter.")
         first: tuple[str, TensorLayout] | None = None
         for name, layout in self.layouts.items():
             if first is None and layout.dev_matrix:
                 first = name, layout
             if first is not None and layout.dev_matrix and layout.num_ranks != first[1].num_ranks:
                 raise WeightsError(
-                    f"stage {self.stage} has {first[0]} on {first[1].num_ranks} ranks and {name} on {layout.num_ranks}"
+                    f"stage {self.stage} has {first[0]} on {first[1].num_ranks} ranks and {name} on {layout.num_ranks}."
                 )
 
     @property
@@ -224,3 +226,271 @@ def write_merged(path: Path, strategies: Mapping[int, Strategy]) -> None:
         for name, layout in strategy.layouts.items()
     }
     _write(path, 1, sorted(strategies), layouts)
+
+
+class _Content(NamedTuple):
+    """What a file says: the stage of its first operator, None without one, and its layouts under its own names."""
+
+    stage: int | None
+    layouts: dict[str, TensorLayout]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}): check the path.") from error
+
+
+def _files_of(folder: Path) -> list[Path]:
+    by_suffix = {s: sorted(p for p in folder.glob(f"*{s}") if p.is_file()) for s in (".ckpt", ".json")}
+    protobuf, twins = by_suffix.values()
+    if protobuf and twins:
+        raise WeightsError(f"{folder} holds {protobuf[0].name} and {twins[0].name}: keep either .ckpt or .json files.")
+    if not protobuf and not twins:
+        raise WeightsError(f"{folder} holds no strategy file (.ckpt or .json): check the path.")
+    return protobuf or twins
+
+
+def _read_file(path: Path, data: bytes) -> dict[int, Strategy]:
+    """Return the strategies of one file by stage."""
+    try:
+        result = _by_stage(_parse_json(data) if path.suffix == ".json" else _parse(data))
+    except (ValueError, WeightsError) as error:
+        reason = str(error).rstrip(".")
+        raise WeightsError(f"{path} cannot be read as a strategy file ({reason}): {_DAMAGED}.") from None
+    _check_equal_ranks(path, result)
+    return result
+
+
+def _by_stage(content: _Content) -> dict[int, Strategy]:
+    """Return one stage, or all of them if every name has its stage before it."""
+    if not content.layouts:
+        raise ValueError("it lists no parameter's layout")
+    matches = [_MERGED_NAME.fullmatch(name) for name in content.layouts]
+    if not all(matches):
+        if content.stage is None:
+            raise ValueError("it lists no operator, which would give its stage")
+        return {content.stage: Strategy(content.stage, content.layouts)}
+    by_stage: dict[int, dict[str, TensorLayout]] = {}
+    for match, (name, layout) in zip(matches, content.layouts.items(), strict=True):
+        assert match is not None, name
+        by_stage.setdefault(int(match[1]), {})[match[2]] = layout
+    return {stage: Strategy(stage, by_stage[stage]) for stage in sorted(by_stage)}
+
+
+def _parse(data: bytes) -> _Content:
+    """Read a `ParallelStrategyMap`."""
+    stage: int | None = None
+    layouts: dict[str, TensorLayout] = {}
+    kinds: set[tuple[int, int]] = set()
+    for field in wire.fields(data, 0, len(data)):
+        kinds.add((field.number, field.wire))
+        if (field.number, field.wire) == (2, wire.BYTES) and stage is None:
+            stage = _operator_stage(data, field)
+        elif (field.number, field.wire) == (3, wire.BYTES):
+            found = _messages(data, field)
+            _add(layouts, wire.text(data, _one(found, 1)), _raw_layout(data, _one(found, 2)))
+    if (1, wire.BYTES) in kinds:
+        if (2, wire.BYTES) in kinds:
+            raise ValueError("it is a group-info file, which lists ranks and no layouts")
+        raise ValueError("it is a checkpoint of tensors")
+    return _Content(stage, layouts)
+
+
+def _operator_stage(data: bytes, item: wire.Field) -> int | None:
+    strategys = _one(_messages(data, item), 2)
+    stages = [f.value for f in wire.fields(data, strategys.start, strategys.stop) if (f.number, f.wire) == (1, 0)]
+    if not stages or stages[-1] > _MAX_STAGE:
+        raise ValueError("its first operator has no sound stage")
+    return stages[-1]
+
+
+def _messages(data: bytes, outer: wire.Field) -> dict[int, list[wire.Field]]:
+    """Return the fields of a message that hold bytes, by number."""
+    found: dict[int, list[wire.Field]] = {}
+    for field in wire.fields(data, outer.start, outer.stop):
+        if field.wire == wire.BYTES:
+            found.setdefault(field.number, []).append(field)
+    return found
+
+
+def _one(found: Mapping[int, list[wire.Field]], number: int) -> wire.Field:
+    if len(found.get(number, ())) != 1:
+        raise ValueError(f"an item has {len(found.get(number, ()))} fields {number} instead of one")
+    return found[number][0]
+
+
+def _raw_layout(data: bytes, layouts: wire.Field) -> dict[str, Any]:
+    """Read a `ParallelLayouts` as the dict that its JSON twin is."""
+    lists: dict[int, list[list[int]]] = {1: [], 2: [], 3: [], 4: []}
+    scalars: dict[int, int] = {}
+    for field in wire.fields(data, layouts.start, layouts.stop):
+        if field.number in lists and field.wire == wire.BYTES:
+            bits = 32 if field.number < 3 else 64
+            inner = (f for f in wire.fields(data, field.start, field.stop) if f.number == 1 and f.wire in (0, 2))
+            lists[field.number].append([wire.signed(value, bits) for f in inner for value in wire.varints(data, f)])
+        elif field.wire == wire.VARINT:
+            scalars[field.number] = wire.signed(field.value, 32)
+    dev_matrix, tensor_map = lists[1], lists[2]
+    return {
+        "dev_matrix": dev_matrix[0] if len(dev_matrix) == 1 else None,
+        # One message has an entry a dim; with several, each is a dim, and an empty one only makes them several.
+        "tensor_map": [dim for dim in tensor_map if dim]
+        if len(tensor_map) > 1
+        else tensor_map[0]
+        if tensor_map
+        else None,
+        "param_split_shape": [number for message in lists[3] for number in message],
+        "indices_offset": [number for message in lists[4] for number in message],
+        "field": scalars.get(5),
+        "opt_weight_shard_step": scalars.get(6),
+        "opt_weight_shard_size": scalars.get(7),
+    }
+
+
+def _parse_json(data: bytes) -> _Content:
+    try:
+        found = json.loads(data, object_pairs_hook=_refuse_duplicates)
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"it is not sound JSON, {error}") from None
+    operators, items = (_dict_in(found, f"parallel_{kind}_item") for kind in ("strategy", "layout"))
+    stage = None
+    if operators:
+        stage = _dict_in(operators, next(iter(operators))).get("stage")
+        if not _is_int(stage) or not 0 <= stage <= _MAX_STAGE:
+            raise ValueError("its first operator has no sound stage")
+    layouts: dict[str, TensorLayout] = {}
+    for name in items:
+        _add(layouts, name, _dict_in(items, name))
+    return _Content(stage, layouts)
+
+
+def _dict_in(holder: Any, key: str) -> dict[str, Any]:
+    found = holder.get(key, {}) if isinstance(holder, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} is not a JSON object in it")
+    return found
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return result
+
+
+def _add(layouts: dict[str, TensorLayout], name: str, raw: Mapping[str, Any]) -> None:
+    """Add a layout, whichever form it was read from, after checking all of it."""
+    dev_matrix, tensor_map = raw.get("dev_matrix"), raw.get("tensor_map")
+    field, step, size = (raw.get(key) for key in ("field", "opt_weight_shard_step", "opt_weight_shard_size"))
+    if (
+        not _are_ints(dev_matrix)
+        or not isinstance(tensor_map, list)
+        or not (_is_int(field) and _is_int(step) and _is_int(size))
+    ):
+        raise ValueError(f"{name} lacks a sound dev_matrix, tensor_map, field or opt_weight_shard_step or _size")
+    dims = [dim if isinstance(dim, list) else [dim] for dim in tensor_map]
+    if not all(map(_are_ints, dims)):
+        raise ValueError(f"{name} has no sound tensor_map")
+    if raw.get("param_split_shape") or raw.get("indices_offset") or field:
+        raise ValueError(
+            f"{name} is cut unevenly (param_split_shape, indices_offset or field), which Ostro cannot read"
+        )
+    try:
+        layout = TensorLayout(
+            tuple(dev_matrix), tuple(tuple(axis for axis in dim if axis != _NO_AXIS) for dim in dims), step, size
+        )
+    except WeightsError as error:
+        raise ValueError(f"of {name}, {str(error).rstrip('.')}") from None
+    if layouts.setdefault(name, layout) != layout:
+        raise ValueError(f"{name} stands there twice, with different layouts")
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_ints(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(map(_is_int, value))
+
+
+def _check_equal_ranks(path: Path, strategies: Mapping[int, Strategy]) -> None:
+    sizes = {stage: strategy.num_ranks for stage, strategy in strategies.items()}
+    first = min(sizes)
+    for stage, size in sizes.items():
+        if size != sizes[first]:
+            raise WeightsError(
+                f"{path} has {sizes[first]} ranks in stage {first} and {size} in stage {stage}: "
+                "keep the files of one run."
+            )
+
+
+def _first_difference(a: Strategy, b: Strategy) -> str:
+    name = next(name for name in a.layouts | b.layouts if a.layouts.get(name) != b.layouts.get(name))
+    return f"first {name}"
+
+
+def _counted(stages: list[int]) -> str:
+    return ", ".join(map(str, stages[:8])) + (", …" if len(stages) > 8 else "")
+
+
+def _listed(tensor_map: tuple[Shape, ...]) -> str:
+    """Return a map as MindSpore's files have it."""
+    return str([dim[0] if len(dim) == 1 else list(dim) or _NO_AXIS for dim in tensor_map])
+
+
+def _write(path: Path, current_stage: int, stages: list[int], layouts: Mapping[str, TensorLayout]) -> None:
+    path.write_bytes((_as_json if path.suffix == ".json" else _as_protobuf)(current_stage, stages, layouts))
+
+
+def _as_protobuf(current_stage: int, stages: list[int], layouts: Mapping[str, TensorLayout]) -> bytes:
+    out = [wire.number(1, current_stage)]
+    for index, stage in enumerate(stages):
+        strategys = wire.number(1, stage) + wire.content(2, wire.numbers(1, _OPERATOR_STRATEGY))
+        out.append(wire.content(2, wire.content(1, _operator(index).encode()) + wire.content(2, strategys)))
+    for name, layout in layouts.items():
+        dims = [dim or (_NO_AXIS,) for dim in layout.tensor_map]
+        if all(len(dim) == 1 for dim in dims):
+            maps = [tuple(axis for dim in dims for axis in dim)]
+        else:  # a single map would read as one with an axis a dim
+            maps = [*dims, ()] if len(dims) == 1 else dims
+        found = [
+            wire.content(1, wire.numbers(1, layout.dev_matrix)),
+            *(wire.content(2, wire.numbers(1, axes)) for axes in maps),
+            wire.content(3, b""),  # MindSpore asks for the first of these
+            wire.content(4, b""),
+            wire.number(5, 0),
+            wire.number(6, layout.opt_step),
+            wire.number(7, layout.opt_size),
+        ]
+        out.append(wire.content(3, wire.content(1, name.encode()) + wire.content(2, b"".join(found))))
+    return b"".join(out)
+
+
+def _as_json(current_stage: int, stages: list[int], layouts: Mapping[str, TensorLayout]) -> bytes:
+    items = {}
+    for name, layout in layouts.items():
+        if any(len(dim) > 1 for dim in layout.tensor_map):
+            raise WeightsError(
+                f"{name} has a dim cut along several axes, which MindSpore does not read from JSON: write .ckpt."
+            )
+        items[name] = {
+            "dev_matrix": list(layout.dev_matrix),
+            "tensor_map": [dim[0] if dim else _NO_AXIS for dim in layout.tensor_map],
+            "param_split_shape": [],
+            "indices_offset": [],
+            "field": 0,
+            "opt_weight_shard_step": layout.opt_step,
+            "opt_weight_shard_size": layout.opt_size,
+        }
+    operators = {
+        _operator(index): {"stage": stage, "parallel_strategy": [list(_OPERATOR_STRATEGY)]}
+        for index, stage in enumerate(stages)
+    }
+    whole = {"current_stage": current_stage, "parallel_strategy_item": operators, "parallel_layout_item": items}
+    return json.dumps(whole, indent=1).encode()
+
+
+def _operator(index: int) -> str:
+    return f"Default/op{index}"

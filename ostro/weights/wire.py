@@ -49,7 +49,9 @@ def fields(data: Buffer, start: int, stop: int) -> Iterator[Field]:
         if not number:
             raise ValueError(f"byte {begin} starts a field with the number 0")
         if after > stop:
-            raise ValueError(f"byte {begin} starts a field whose {after - at} bytes of content end {after - stop} too late")
+            raise ValueError(
+                f"byte {begin} starts a field whose {after - at} bytes of content end {after - stop} too late"
+            )
         yield Field(number, wire, value, at, after)
         at = after
 

@@ -1,0 +1,285 @@
+"""What a MindSpore cluster left behind: a folder a rank, strategy files that say who holds what, several steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ostro.errors import WeightsError
+from ostro.weights.ckpt_file import CkptFile
+from ostro.weights.mapped import TensorFile
+from ostro.weights.reshard import Box, GatheredFile, Shard, is_covered, whole
+from ostro.weights.safetensors_file import SafetensorsFile
+from ostro.weights.store import Hints, TensorInfo, Where, same_bits
+from ostro.weights.strategy import Strategy, TensorLayout, read_strategies
+
+SUFFIXES = (".ckpt", ".safetensors")
+OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.", "moment1.", "moment2.")
+
+_RANK = re.compile(r"rank_(\d{1,6})")
+# {prefix}_rank_{r}-{epoch}_{step}; the prefix may hold dashes. In sink mode the epoch counts steps, the step is 1.
+_STEP = re.compile(r".*-(\d{1,12})_(\d{1,12})")
+_FOLDERS = ("checkpoint", "checkpoint_network")  # of MindFormers' output/; the second has the weights alone
+_SMALL_BYTES = 1 << 20  # copies of at most this size are compared whenever they are opened
+
+Step = tuple[int, int]
+"""Epoch and step within it, as a file's name has them; (-1, -1) for a name without."""
+
+_NO_STEP = (-1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """The tensors of all ranks, whole again; `certify` compares the copies that several ranks hold."""
+
+    file: GatheredFile
+    notes: list[str]
+    certify: Callable[[], None]
+
+
+def open_file(path: Path) -> CkptFile | SafetensorsFile:
+    """Open a file of MindSpore's by its suffix."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else CkptFile(path)
+
+
+def rank_folders(path: Path) -> Path | None:
+    """Return the folder of rank folders that a path stands for: one of them, a file in one, or all; None if none.
+
+    A lone rank_0 without strategy files, as a merge leaves it, is not a cluster's.
+    """
+    if _RANK.fullmatch(path.name):
+        around = path.parent
+    elif path.is_file() and _RANK.fullmatch(path.parent.name):
+        around = path.parent.parent
+    else:
+        around = next((f for f in (path, *(path / name for name in _FOLDERS)) if _ranks(f)), None)
+    if around is None or not _ranks(around):
+        return None
+    return around if len(_ranks(around)) > 1 or _strategy_folder(around, Hints()) else None
+
+
+def file_of(path: Path) -> Path:
+    """Return the one file that a path without rank folders stands for; WeightsError if there are several."""
+    if path.is_file():
+        return path
+    folders = [path, *_ranks(path).values(), *(r for name in _FOLDERS for r in _ranks(path / name).values())]
+    files = [file for folder in folders for file in _files(folder)]
+    if not files:
+        raise WeightsError(f"{path} holds no .ckpt and no .safetensors file: give the folder that does.")
+    newest = max(map(_step_of, files))
+    chosen = [file for file in files if _step_of(file) == newest]
+    if len(chosen) > 1:
+        raise WeightsError(
+            f"{path} holds {len(chosen)} checkpoints, {chosen[0].name} and others: give one of the files."
+        )
+    return chosen[0]
+
+
+def is_any_file_in(path: Path) -> bool:
+    """Whether files or rank folders lie where this format has them."""
+    folders = (path, *_ranks(path).values(), *(r for name in _FOLDERS for r in _ranks(path / name).values()))
+    return any(_files(folder) for folder in folders)
+
+
+def gather(folder: Path, asked: Path, hints: Hints) -> Gathered:
+    """Open what all ranks hold of the newest step that is whole on all of them, or of the step asked for.
+
+    Raises WeightsError for ranks that are missing, that disagree, or whose strategy files do not fit them.
+    """
+    place = hints.strategy or _strategy_folder(folder, hints)
+    if place is None:
+        raise WeightsError(
+            f"{folder} holds the parts of {len(_ranks(folder))} ranks and no strategy files lie beside it: "
+            "give MindFormers' output/strategy with --strategy."
+        )
+    strategies = read_strategies(place)
+    held = {rank: _steps(path) for rank, path in _ranks(folder).items()}
+    step = hints.step if hints.step is not None or not asked.is_file() else _step_of(asked)
+    files, notes = _choose(folder, held, step)
+    parts = _Parts(folder, list(_placed(folder, files, strategies)))
+    notes.insert(
+        0, f"{len(files)} ranks in {len(strategies)} {'stage' if len(strategies) == 1 else 'stages'} of {place}"
+    )
+    return Gathered(parts.gathered(), notes, parts.check_copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one rank holds of one tensor."""
+
+    name: str
+    rank: int
+    whole: TensorInfo
+    box: Box
+    file: TensorFile
+
+    def read(self, where: Where = ()) -> Tensor:
+        return self.file.tensor(self.name, where)
+
+
+class _Parts:
+    """All ranks' parts, each against the others."""
+
+    def __init__(self, folder: Path, parts: list[_Part]) -> None:
+        self._folder = folder
+        self._copies: list[tuple[_Part, _Part]] = []
+        self._found: dict[str, dict[Box, _Part]] = {}
+        for part in parts:
+            mine = self._found.setdefault(part.name, {})
+            for other in mine.values():
+                if other.whole != part.whole:
+                    raise WeightsError(
+                        f"{folder}: {part.name} is {_shown(other.whole)} by rank_{other.rank} and "
+                        f"{_shown(part.whole)} by rank_{part.rank}: their files are of different runs, or the strategy is."
+                    )
+                break
+            if part.box in mine:
+                self._copies.append((mine[part.box], part))
+            else:
+                mine[part.box] = part
+        self._check(lambda part: part.file.infos[part.name].num_bytes <= _SMALL_BYTES)
+        self._require_covered(sorted({part.rank for part in parts}))
+
+    def gathered(self) -> GatheredFile:
+        """Return the whole tensors."""
+        infos, shards = {}, {}
+        for name, parts in self._found.items():
+            infos[name] = next(iter(parts.values())).whole
+            shards[name] = [Shard(box, part.read) for box, part in parts.items()]
+        return GatheredFile(self._folder, infos, shards)
+
+    def check_copies(self) -> None:
+        """Compare every copy with the first of it; WeightsError that names the ranks whose bits differ."""
+        self._check(lambda part: True)
+
+    def _check(self, is_chosen: Callable[[_Part], bool]) -> None:
+        for first, copy in self._copies:
+            if is_chosen(copy) and not same_bits(first.read(), copy.read()):
+                raise WeightsError(
+                    f"{self._folder}: rank_{first.rank} and rank_{copy.rank} should hold the same values of "
+                    f"{copy.name} and do not: their files are of different steps or runs, or the strategy is another run's."
+                )
+
+    def _require_covered(self, ranks: list[int]) -> None:
+        for name, parts in self._found.items():
+            info = next(iter(parts.values())).whole
+            if not is_covered(info.shape, parts):
+                held = sum(box.num_elements for box in parts)
+                raise WeightsError(
+                    f"{self._folder}: ranks {_listed(ranks)} hold {held} of the {whole(info.shape).num_elements} "
+                    f"values of {name}: the folders of other ranks are missing; copy them beside these."
+                )
+
+
+def _placed(folder: Path, files: Mapping[int, TensorFile], strategies: Mapping[int, Strategy]) -> Iterator[_Part]:
+    """Yield what each rank holds and which part of the whole it is."""
+    places: list[tuple[int, int]] = []  # stage and rank within it, by rank
+    for stage, strategy in strategies.items():
+        places += [(stage, rank) for rank in range(strategy.num_ranks)]
+    for rank, file in files.items():
+        if rank >= len(places):
+            raise WeightsError(
+                f"{folder} has a rank_{rank}, the strategy is for {len(places)} ranks: it is another run's, or "
+                "stages are missing from it."
+            )
+        stage, local = places[rank]
+        for name, info in file.infos.items():
+            layout = _layout(name, strategies[stage].layouts)
+            if layout is None or not info.shape:
+                yield _Part(name, rank, info, whole(info.shape), file)
+            else:
+                try:
+                    shape, box = layout.whole_shape(info.shape), layout.box(local, info.shape)
+                except WeightsError as error:
+                    raise WeightsError(f"{folder}/rank_{rank} holds {name}, but {error}") from None
+                yield _Part(name, rank, TensorInfo(shape, info.dtype), box, file)
+
+
+def _layout(name: str, layouts: Mapping[str, TensorLayout]) -> TensorLayout | None:
+    """Return a tensor's layout; an optimizer's is that of its parameter, where it has none of its own."""
+    if name in layouts:
+        return layouts[name]
+    for prefix in OPTIMIZER_PREFIXES:
+        if name.startswith(prefix):
+            return layouts.get(name.removeprefix(prefix))
+    return None
+
+
+def _choose(
+    folder: Path, held: Mapping[int, Mapping[Step, Path]], asked: Step | int | None
+) -> tuple[dict[int, TensorFile], list[str]]:
+    """Return the files of the newest step that every rank holds whole, and what was passed over."""
+    steps = sorted({step for files in held.values() for step in files}, reverse=True)
+    if not steps:
+        raise WeightsError(f"{folder} has rank folders without a .ckpt or .safetensors file: the run saved none there.")
+    wanted = [step for step in steps if asked is None or asked in (step, step[0] if step[1] == 1 else step[1])]
+    if not wanted or (isinstance(asked, int) and len(wanted) > 1):
+        raise WeightsError(
+            f"{folder} holds {'no' if not wanted else 'several'} step {asked}; there are "
+            f"{', '.join(map(_word, steps))}: choose one of those, or name a file."
+        )
+    notes: list[str] = []
+    for step in wanted:
+        without = [rank for rank, files in held.items() if step not in files]
+        try:
+            if without:
+                raise WeightsError(f"ranks {_listed(without)} have no file of it")
+            files: dict[int, TensorFile] = {rank: open_file(files[step]) for rank, files in held.items()}
+        except WeightsError as error:
+            if len(wanted) == 1:
+                raise WeightsError(f"{folder}: step {_word(step)} is not whole on all ranks: {error}") from error
+            notes.append(f"step {_word(step)} is passed over: {error}")
+            continue
+        return files, ([f"step {_word(step)}"] if step != _NO_STEP else []) + notes
+    raise WeightsError(f"{folder} holds no step that is whole on all ranks: {'; '.join(notes)}.")
+
+
+def _steps(folder: Path) -> dict[Step, Path]:
+    """Return the newest file of each step in one rank's folder."""
+    found: dict[Step, Path] = {}
+    for file in sorted(_files(folder), key=lambda file: (file.stat().st_mtime_ns, file.name)):
+        found[_step_of(file)] = file
+    return found
+
+
+def _step_of(file: Path) -> Step:
+    match = _STEP.fullmatch(file.stem)
+    return (int(match[1]), int(match[2])) if match else _NO_STEP
+
+
+def _ranks(folder: Path) -> dict[int, Path]:
+    """Return the rank folders in a folder, by rank."""
+    if not folder.is_dir():
+        return {}
+    named = ((_RANK.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file() and "strategy" not in p.name)
+
+
+def _strategy_folder(folder: Path, hints: Hints) -> Path | None:
+    """Return where the strategy files lie: as told, or in the folder `strategy` of the run."""
+    if hints.strategy is not None:
+        return hints.strategy
+    around = (folder / "strategy", folder.parent / "strategy", folder.parent.parent / "strategy")
+    return next((place for place in around if place.is_dir() and any(place.iterdir())), None)
+
+
+def _word(step: Step) -> str:
+    return f"{step[0]}_{step[1]}" if step != _NO_STEP else "unnumbered"
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _shown(info: TensorInfo) -> str:
+    return f"{'×'.join(map(str, info.shape)) or 'a scalar'} of {str(info.dtype).removeprefix('torch.')}"
