@@ -6,7 +6,7 @@ Pure Python: the planner and the converter ask here as well as the ranks of a ru
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ostro.errors import LayoutError, nearest
@@ -35,6 +35,82 @@ def parse(text: str, degrees: type[D]) -> D:
             raise LayoutError(f"layout {text!r}: {part!r} must be one name=number of at least 1, as in dp=8,ep=8,pp=2.")
         values[name] = int(number)
     return degrees(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Degrees:
+    """Ostro's own degrees. Ranks are the row-major coordinates of (pp, dp, fsdp, cp, tp).
+
+    `dp` replicates, `fsdp` shards, `cp` cuts the sequence and shards parameters as fsdp does, `tp` cuts heads,
+    vocabulary and (with `etp` = tp) the experts' inner dim, `pp` cuts layers. Experts see the same ranks as
+    (pp, dp, efsdp, ep, etp).
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    ep: int = 1
+    pp: int = 1
+    cp: int = 1
+    etp: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pp * self.dp * self.fsdp * self.cp * self.tp
+
+    @property
+    def efsdp(self) -> int:
+        """How many ranks share the shards of an expert."""
+        return self.fsdp * self.cp * self.tp // (self.ep * self.etp)
+
+    def check(self, model: Mapping[str, Any]) -> None:
+        """Raise LayoutError for degrees that contradict each other or do not divide the model's sizes."""
+        if self.etp not in (1, self.tp):
+            raise LayoutError(f"etp={self.etp} must be 1 or tp={self.tp}.")
+        if self.fsdp * self.cp * self.tp % (self.ep * self.etp):
+            raise LayoutError(
+                f"ep·etp={self.ep * self.etp} does not divide fsdp·cp·tp={self.fsdp * self.cp * self.tp}: experts lie "
+                "within these; change one."
+            )
+        sizes = {
+            "tp": "num_key_value_heads",
+            "ep": "num_local_experts",
+            "pp": "num_hidden_layers",
+            "etp": "intermediate_size",
+        }
+        require_divides(dataclasses.asdict(self), {name: (setting, model[setting]) for name, setting in sizes.items()})
+        require_divides({"tp": self.tp}, {"tp": ("vocab_size", model["vocab_size"])})
+
+    def box(
+        self, rank: int, dims: Sequence[str], shape: Sequence[int], stage: int | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return offsets and sizes of what a rank holds of a parameter of a stage (None: any); None if nothing.
+
+        `dims` are the parameter's logical dims. Where fsdp does not divide dim 0 the last ranks hold less, as FSDP2
+        has it; experts of which each rank would have less than one are cut along `ffn` instead.
+        """
+        place, pp = divmod(rank, self.num_ranks // self.pp)[1], rank // (self.num_ranks // self.pp)
+        if stage is not None and stage != pp:
+            return None
+        place %= self.fsdp * self.cp * self.tp
+        if "expert" in dims and len(dims) > 2:
+            group, inner = divmod(place, self.ep * self.etp)
+            expert, ffn = divmod(inner, self.etp)
+            cuts = [("expert", expert, self.ep), ("ffn", ffn, self.etp)]
+            is_whole = shape[0] // self.ep % self.efsdp == 0
+            cuts.append(("expert" if is_whole else "ffn", group, self.efsdp))
+        else:
+            group, inner = divmod(place, self.tp)
+            cuts = [(name, inner, self.tp) for name in ("vocab", "heads", "kv_heads") if name in dims]
+            cuts.append((dims[0], group, self.fsdp * self.cp))
+        offsets, sizes = [0] * len(shape), list(shape)
+        for name, index, parts in cuts:
+            dim = dims.index(name)
+            each = -(-sizes[dim] // parts)
+            start = min(index * each, sizes[dim])
+            offsets[dim] += start
+            sizes[dim] = min(each, sizes[dim] - start)
+        return (tuple(offsets), tuple(sizes)) if all(sizes) else None
 
 
 def require_divides(degrees: Mapping[str, int], sizes: Mapping[str, tuple[str, int]]) -> None:

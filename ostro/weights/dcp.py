@@ -8,26 +8,37 @@ and that by a reader that knows a dozen harmless classes and refuses all others.
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
+import dataclasses
 import json
-import math
-import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from ostro.degrees import Degrees, host_ranks, stage_of
 from ostro.errors import ConfigError, Error, OutOfMemory, WeightsError
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
+from ostro.weights.dcp_file import DAMAGED, METADATA, brief, infos_of, open_tensors, read_metadata, write_tensors
 from ostro.weights.folder import not_written, written_beside
-from ostro.weights.store import NO_HINTS, Hints, Reader, Shape, TensorInfo, Where, match_depth, match_shapes
+from ostro.weights.hf_config import SaveTokenizer, save_tokenizer
+from ostro.weights.reshard import Box
+from ostro.weights.store import (
+    NO_HINTS,
+    Hints,
+    Reader,
+    Shape,
+    TensorInfo,
+    Where,
+    match_depth,
+    match_shapes,
+    pieces,
+    stack_sizes,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -36,9 +47,7 @@ WHAT = "a training checkpoint (a step-… folder, the checkpoints folder around 
 WEIGHTS_PREFIX = "model."  # "model." + canonical name; the optimizer's tensors have other prefixes
 
 _STATE = "state.json"
-_METADATA = ".metadata"
 _STEP = re.compile(r"step-(\d{8,18})")
-_DAMAGED = "the checkpoint is damaged; take an earlier one"
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -68,8 +77,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises WeightsError for that and for a folder that is not a whole, sound checkpoint.
     """
     state = read_state(folder)
-    metadata = _read_metadata(folder)
-    infos = _infos(metadata)
+    metadata = read_metadata(folder)
+    infos = infos_of(metadata)
     match_shapes(
         str(folder),
         {name: info.shape for name, info in infos.items()},
@@ -89,13 +98,13 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the JSON state of a checkpoint without touching its tensors."""
     if not _is_whole(folder):
-        raise WeightsError(f"{folder} is not a whole checkpoint: it lacks {_STATE} or {_METADATA}; take another.")
+        raise WeightsError(f"{folder} is not a whole checkpoint: it lacks {_STATE} or {METADATA}; take another.")
     try:
         state = json.loads((folder / _STATE).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{folder / _STATE} cannot be read ({error}): {_DAMAGED}.") from error
+        raise WeightsError(f"{folder / _STATE} cannot be read ({error}): {DAMAGED}.") from error
     if not isinstance(state, dict):
-        raise WeightsError(f"{folder / _STATE} is not a JSON object: {_DAMAGED}.")
+        raise WeightsError(f"{folder / _STATE} is not a JSON object: {DAMAGED}.")
     return state
 
 
@@ -140,11 +149,7 @@ def _of_step(path: Path, step: int) -> Path:
 
 
 class CheckpointReader:
-    """The weights of a training checkpoint as a reader; WeightsError if it holds no sound model.
-
-    A parameter is read as a whole, and the last one kept while its pieces are asked for: DCP's files have no
-    slices.
-    """
+    """The weights of a training checkpoint as a reader; WeightsError if it holds no sound model."""
 
     format = "dcp"
 
@@ -157,43 +162,40 @@ class CheckpointReader:
             )
         self.path = folder
         self.notes = (f"the checkpoint is {folder.name}",) if folder != path else ()
-        fields = read_state(folder).get("model")
+        state = read_state(folder)
+        fields = state.get("model")
         if not isinstance(fields, dict):
-            raise WeightsError(f"{folder / _STATE} does not say what model it is of: {_DAMAGED}.")
+            raise WeightsError(f"{folder / _STATE} does not say what model it is of: {DAMAGED}.")
         try:
             self.model = ModelConfig.from_fields(fields)
         except (ConfigError, TypeError) as error:
             raise WeightsError(f"{folder / _STATE}: {error}") from error
-        self._metadata = _read_metadata(folder)
-        found = _infos(self._metadata)
-        self._infos = {
-            name.removeprefix(WEIGHTS_PREFIX): info for name, info in found.items() if name.startswith(WEIGHTS_PREFIX)
-        }
-        match_depth(str(folder), self._infos, self.model)
+        if "host" in state:
+            raise WeightsError(
+                f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} needs: give the checkpoint "
+                "that it was made from."
+            )
+        self._file = open_tensors(folder, WEIGHTS_PREFIX)
+        held = self._file.infos
+        match_depth(str(folder), held, self.model)
         table = layout.table(self.model)
-        shapes: dict[str, Shape] = {name: info.shape for name, info in self._infos.items()}
+        shapes: dict[str, Shape] = {name: info.shape for name, info in held.items()}
         match_shapes(str(folder), shapes, {name: parameter.shape for name, parameter in table.items()})
-        self._infos = {name: self._infos[name] for name in table}
-        self._held: tuple[str, Tensor] | None = None
+        self._infos = {name: held[name] for name in table}
 
     def names(self) -> dict[str, TensorInfo]:
         """Return every tensor of the table, with the dtype it was trained in."""
         return self._infos
 
     def read(self, name: str, where: Where = ()) -> Tensor:
-        """Return a slice of a parameter."""
-        if self._held is None or self._held[0] != name:
-            self._held = None  # before the next is allocated: one parameter is held, never two
-            tensor = torch.empty(self._infos[name].shape, dtype=self._infos[name].dtype)
-            _fill(self.path, self._metadata, {WEIGHTS_PREFIX + name: tensor})
-            self._held = name, tensor
-        return self._held[1][where]
+        """Return a slice: a view of the mapped file where one shard holds it."""
+        return self._file.tensor(name, where)
 
 
 def detect(path: Path) -> bool:
     """Whether `path` looks like this format, whole or not."""
     around = (path, path / "checkpoints")
-    return (path / _METADATA).exists() or any(any(folder.glob("step-*")) for folder in around)
+    return (path / METADATA).exists() or any(any(folder.glob("step-*")) for folder in around)
 
 
 def open_reader(path: Path, hints: Hints = NO_HINTS) -> CheckpointReader:
@@ -201,15 +203,64 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> CheckpointReader:
     return CheckpointReader(path, hints.step)
 
 
-def write(reader: Reader, path: Path) -> None:
-    """Write the weights alone as a training checkpoint; the whole model is in memory while this runs."""
-    tensors = {WEIGHTS_PREFIX + name: reader.read(name) for name in reader.names()}
-    _save(path, tensors, {"model": reader.model.as_fields()}, replace=False)
+def write(
+    reader: Reader,
+    path: Path,
+    *,
+    degrees: Degrees | None = None,
+    host: tuple[int, int] | None = None,
+    tokenizer: SaveTokenizer = None,
+) -> None:
+    """Write the weights alone as a training checkpoint: one piece in memory at a time.
+
+    With `degrees` and `host` (i, n) only what the ranks of host i of n need is written, in the boxes they need, for
+    clusters without a shared disk. Every host's folder has metadata of its own. A tokenizer goes into `tokenizer/`.
+    """
+    state: dict[str, Any] = {"model": reader.model.as_fields()}
+    wanted = None
+    if degrees is not None:
+        degrees.check(reader.model.as_fields())
+        index, num_hosts = host or (0, 1)
+        wanted = host_ranks(degrees.num_ranks, index, num_hosts)
+        state["layout"] = dataclasses.asdict(degrees)
+        if num_hosts > 1:
+            state |= {"host": index, "num_hosts": num_hosts}
+    infos = reader.names()
+    plan = [(p, infos[p.name], _boxes(p, reader.model, degrees, wanted)) for p in layout.parameters(reader.model)]
+    plan = [entry for entry in plan if entry[2]]
+    num_bytes = sum(box.num_elements * info.dtype.itemsize for _, info, boxes in plan for box in boxes)
+
+    def values(parameter: layout.Parameter, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]:
+        return ((box, reader.read(parameter.name, box.where)) for box in boxes)
+
+    with written_beside(path, needed_bytes=num_bytes + (1 << 20)) as folder:
+        (folder / _STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+        if tokenizer is not None:
+            (folder / "tokenizer").mkdir()
+            save_tokenizer(tokenizer, folder / "tokenizer")
+        write_tensors(folder, ((WEIGHTS_PREFIX + p.name, info, values(p, boxes)) for p, info, boxes in plan))
+
+
+def _boxes(parameter: layout.Parameter, model: ModelConfig, degrees: Degrees | None, ranks: range | None) -> list[Box]:
+    """Return the boxes to write of a parameter: its pieces, or what the ranks hold of it."""
+    shape = parameter.shape
+    if degrees is None or ranks is None:
+        num_dims = len(stack_sizes(parameter))
+        sizes = (1,) * num_dims + shape[num_dims:]
+        return [Box((*stack, *(0,) * (len(shape) - num_dims)), sizes) for stack in pieces(parameter)]
+    if parameter.layer is not None:
+        stage = stage_of(parameter.layer, model.num_hidden_layers, degrees.pp)
+    elif parameter.kind is layout.EMBEDDING:
+        stage = None if model.tie_word_embeddings else 0  # a tied one is the last stage's head as well
+    else:
+        stage = degrees.pp - 1
+    held = (degrees.box(rank, parameter.kind.dims, shape, stage) for rank in ranks)
+    return [Box(*box) for box in dict.fromkeys(held) if box is not None]
 
 
 def _is_whole(folder: Path) -> bool:
     is_final = ".partial-" not in folder.name
-    return is_final and (folder / _STATE).is_file() and (folder / _METADATA).is_file()
+    return is_final and (folder / _STATE).is_file() and (folder / METADATA).is_file()
 
 
 def _steps(directory: Path) -> dict[int, Path]:
@@ -225,7 +276,7 @@ def _fill(folder: Path, metadata: Metadata, tensors: Mapping[str, Tensor]) -> No
     reader = torch_dcp.FileSystemReader(folder)
     # Its own would unpickle the file once more, without our allow-list. (Tensors it loads with weights_only.)
     reader.read_metadata = lambda *args, **kwargs: metadata
-    with _quiet(lambda error: WeightsError(f"{folder} cannot be read ({_brief(error)}): {_DAMAGED}.")):
+    with _quiet(lambda error: WeightsError(f"{folder} cannot be read ({brief(error)}): {DAMAGED}.")):
         torch_dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
@@ -260,110 +311,4 @@ def _not_saved(folder: Path, error: BaseException) -> Error:
             f"{folder} could not be written whole and nothing of it was kept: its disk or quota is probably "
             "full; free some space or choose another disk."
         )
-    return WeightsError(f"{folder} cannot be written ({_brief(error)}): choose another place.")
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _infos(metadata: Metadata) -> dict[str, TensorInfo]:
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    infos = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)  # _check_metadata
-        infos[name] = TensorInfo(tuple(entry.size), entry.properties.dtype)
-    return infos
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    """Return DCP's metadata; WeightsError if it asks for any class but its own or does not fit the files."""
-    path = folder / _METADATA
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        _check_metadata(metadata, folder)
-    except WeightsError:
-        raise
-    except Exception as error:  # a pickle can raise anything
-        raise WeightsError(f"{path} cannot be read ({_brief(error)}): {_DAMAGED}.") from error
-    return metadata
-
-
-def _check_metadata(metadata: Any, folder: Path) -> None:
-    """Hold the metadata against the files; a wrong type in it raises any exception."""
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-
-    if not isinstance(metadata, Metadata):
-        raise TypeError("it is not DCP's Metadata")
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):  # DCP would unpickle it
-            raise WeightsError(f"{folder} holds {name}, which is not a tensor: Ostro did not write it; take another.")
-        if not isinstance(entry.properties.dtype, torch.dtype):
-            raise TypeError(f"{name} has no dtype")
-        # DCP would leave what no chunk covers as it is, without a word.
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise WeightsError(f"{folder} holds only a part of {name}: {_DAMAGED}.")
-    sizes: dict[str, int] = {}
-    for index, info in (metadata.storage_data or {}).items():
-        file = info.relative_path
-        if Path(file).name != file or info.transform_descriptors:
-            raise WeightsError(f"{folder} keeps {index.fqn} in {file!r}: Ostro did not write it; take another.")
-        if file not in sizes:
-            sizes[file] = (folder / file).stat().st_size if (folder / file).is_file() else -1
-        if sizes[file] < 0:
-            raise WeightsError(f"{folder} lacks {file}, which holds {index.fqn}: {_DAMAGED}.")
-        if info.offset + info.length > sizes[file]:
-            raise WeightsError(
-                f"{folder / file} is truncated: {index.fqn} ends at byte {info.offset + info.length}, the "
-                f"file has {sizes[file]}; {_DAMAGED}."
-            )
-    metadata.storage_meta = StorageMeta()
-
-
-_DCP_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = {
-    (_DCP_METADATA, "Metadata"),
-    (_DCP_METADATA, "MetadataIndex"),
-    (_DCP_METADATA, "StorageMeta"),
-    (_DCP_METADATA, "TensorStorageMetadata"),
-    (_DCP_METADATA, "BytesStorageMetadata"),
-    (_DCP_METADATA, "ChunkStorageMetadata"),
-    (_DCP_METADATA, "TensorProperties"),
-    (_DCP_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of DCP's metadata and nothing that acts; `pickle` asks for a subclass here."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class, or raise WeightsError."""
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return _layouts().__getitem__
-        if module.startswith("pathlib") and name == "PosixPath":
-            return PurePosixPath  # where it was once written; it opens nothing
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format  # how Python 3.11.0 to 3.11.3 pickled an enum
-        raise WeightsError(
-            f"the checkpoint's {_METADATA} asks for {module}.{name}, which no checkpoint needs: it may be an "
-            "attack; do not use the file."
-        )
-
-
-@functools.cache
-def _layouts() -> dict[str, torch.layout]:
-    return {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
-
-
-def _memory_format(kind: Any, name: str) -> Any:
-    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
-
-    return _MEM_FORMAT_ENCODING[name]
+    return WeightsError(f"{folder} cannot be written ({brief(error)}): choose another place.")

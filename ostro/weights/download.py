@@ -42,7 +42,8 @@ _BESIDE = r"(generation_)?config\.json|tokenizer\.model\.v\w+|tekken\.json|chat_
 _UNSAFE = re.compile(r"(?i)(^|/)(\.{0,2}|\.git)(/|$)|[\x00-\x1f\x7f\\:]")  # leaves the folder, or is no file's name
 _CHUNK_BYTES = 1 << 20
 _FILES_AT_ONCE = 8  # one connection does not fill a data centre's line
-_ATTEMPTS = 5  # in a row that bring no byte, with 1, 2, 4 and 8 seconds between them
+_ATTEMPTS = 5  # in a row that bring no byte
+_PAUSE_SECONDS = 0.5  # doubled by every one of them
 _PASSING = (None, 408, 429, 500, 502, 503, 504)  # no answer, or one of these, may be another a moment later
 
 Stream = Callable[["HubFile", int], Any]
@@ -90,16 +91,16 @@ def download(
     hub = _hub()
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or hub.constants.ENDPOINT  # it reads it once, at import
     directory = Path(repo.rpartition("/")[2]) if directory is None else directory
-    if token is not None and not re.fullmatch(r"[!-~]+", token):  # else the HTTP library's error would show it
-        raise ConfigError("the token holds characters that no token has: copy it once more.")
     with _sentences(hub, repo, revision, endpoint, directory):
+        if not re.fullmatch(r"[!-~]+", token or hub.get_token() or "-"):  # the HTTP library's error would show it
+            raise ConfigError("the token (HF_TOKEN) holds characters that no token has: copy it once more.")
         commit, files = _listing(hub, repo, revision, endpoint, token)
         chosen = _choose(files, include, exclude, repo)
+        size = decimal(sum(file.num_bytes for file in chosen))
+        say(f"{repo} at {commit}: {len(chosen)} files, {size}, into {directory}")
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             missing = [file for file in pool.map(lambda file: _missing(directory, file), chosen) if file]
-        size, left = sum(file.num_bytes for file in chosen), _num_left(directory, missing)
-        say(f"{repo} at {commit}: {len(chosen)} files, {decimal(size)}, into {directory}")
-        say(f"{len(missing)} files and {decimal(left)} are to be fetched")
+        say(f"{len(missing)} files and {decimal(_num_left(directory, missing))} are to be fetched")
         _require_room(directory, missing)
         headers = {**hub.utils.build_hf_headers(token=token), "Accept-Encoding": "identity"}
 
@@ -145,7 +146,9 @@ def _sentences(hub: Any, repo: str, revision: str, endpoint: str, directory: Pat
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             advice = "check the name, or set HF_TOKEN to a token that may read it"
             raise WeightsError(f"{endpoint} has no model {repo} for you (HTTP {status}): {advice}.") from None
-        raise WeightsError(f"{endpoint} refused a file of {repo} (HTTP {status}): {again}, if it passes.") from None
+        raise WeightsError(
+            f"{endpoint} answers HTTP {status} to a request for {repo}: wait a while; {again}."
+        ) from None
     except errors.OfflineModeIsEnabled:
         raise ConfigError("huggingface_hub is offline (HF_HUB_OFFLINE): unset it to fetch.") from None
     except errors.HTTPError as error:
@@ -155,9 +158,7 @@ def _sentences(hub: Any, repo: str, revision: str, endpoint: str, directory: Pat
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutOfMemory(f"{directory} is full ({error.strerror}): free some space; {again}.") from None
         reason = error.strerror or str(error)
-        raise WeightsError(
-            f"{error.filename or directory} cannot be written ({reason}): choose another place."
-        ) from None
+        raise WeightsError(f"{error.filename or directory} cannot be used ({reason}): choose another place.") from None
 
 
 def _listing(hub: Any, repo: str, revision: str, endpoint: str, token: str | None) -> tuple[str, list[HubFile]]:
@@ -267,8 +268,9 @@ def _fetch(
                         tick(-start)
                     for chunk in response.iter_bytes():
                         room = file.num_bytes - os.fstat(out.fileno()).st_size
-                        tick(out.write(chunk[:room]))
-                        if stop.is_set() or len(chunk) > room:
+                        written = out.write(chunk[:room])
+                        tick(written)
+                        if stop.is_set() or written < len(chunk):  # beyond the end, or the disk is filling up
                             break
             except hub.errors.HTTPError as error:
                 lost = error
@@ -277,13 +279,9 @@ def _fetch(
             failed = 0 if os.fstat(out.fileno()).st_size > start else failed + 1
             if failed == _ATTEMPTS or getattr(getattr(lost, "response", None), "status_code", None) not in _PASSING:
                 raise lost
-            stop.wait(_wait_seconds(failed))
+            stop.wait(_PAUSE_SECONDS * 2**failed if failed else 0)
         os.fsync(out.fileno())
         if not file.is_at(partial):
             partial.unlink()
             raise WeightsError(f"{file.name} arrived damaged (its checksum is another) and is removed: try again.")
         partial.rename(directory / file.name)
-
-
-def _wait_seconds(failed: int) -> float:
-    return 2.0 ** (failed - 1) if failed else 0.0

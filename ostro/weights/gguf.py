@@ -76,7 +76,7 @@ _NAMES = {
     layout.HEAD: "output.weight",
 }
 _HALVES = ("blk.{layer}.ffn_gate_exps.weight", "blk.{layer}.ffn_up_exps.weight")
-_ALWAYS_F32 = (layout.GATE,)  # and the norms
+_CHUNK_VALUES = 1 << 20  # encoded at a time: what fits into a cache is quantised twice as fast
 # ModelConfig's fields, and where they stand behind "llama.".
 _KEYS = {
     "hidden_size": "embedding_length",
@@ -132,12 +132,13 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
             raise WeightsError(f"{part.path} and a file before it both hold {twice}: {_ADVICE}.")
         held |= dict.fromkeys(part.infos, part)
     model = _read_config(first, {name: held[name].infos[name] for name in held})
-    dtypes = _recorded_dtypes(first)
+    stored = {name: held for part in parts for name, held in part.stored.items()}
+    dtypes = _recorded_dtypes(first, stored)
     files = {name: _Narrowed(file, dtypes[name]) if name in dtypes else file for name, file in held.items()}
     is_old = any(_OLD_EXPERT.fullmatch(name) for name in held)
     source = source_of(model, separate_experts=is_old)
-    quantised = sorted({held.kind.word for part in parts for held in part.stored.values() if held.kind.is_quantized})
-    notes = [f"{' and '.join(quantised)} weights are read as float32"] if quantised else []
+    words = sorted({held.kind.word for held in stored.values() if held.kind.is_quantized})
+    notes = [f"{' and '.join(words)} weights are read as float32"] if words else []
     return StoredReader("gguf", path, model, files, source, layers="blk.", notes=notes, advice=_ADVICE)
 
 
@@ -193,7 +194,8 @@ def write(
     def encoded(name: str) -> Iterator[Tensor]:
         pieces = tensors[name].pieces
         for (parameter, stack, _), part in zip(pieces, parts(name), strict=True):
-            yield encode(part, stored[name].kind, label(parameter, stack))
+            for rows in part.split(max(1, _CHUNK_VALUES // part.shape[-1])):
+                yield encode(rows, stored[name].kind, label(parameter, stack))
 
     num_bytes = sum(kind.num_bytes(shape) for shape, kind in stored.values())
     is_file = path.suffix == SUFFIX
@@ -394,14 +396,14 @@ def _recorded_fields(file: GgufFile, described: Mapping[str, Any]) -> dict[str, 
     return fields
 
 
-def _recorded_dtypes(file: GgufFile) -> dict[str, torch.dtype]:
+def _recorded_dtypes(file: GgufFile, stored: Mapping[str, Stored]) -> dict[str, torch.dtype]:
     """Return the dtypes that tensors stored as float32 had."""
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     found: dict[str, torch.dtype] = {}
     for name, word in _json_object(file, _DTYPES).items():
-        if word not in known:
-            raise WeightsError(f"{file.path} records {name} as {word!r} in {_DTYPES}: write the file again.")
-        if name in file.stored and file.stored[name].kind is F32:
+        if word not in known or name not in stored:
+            raise WeightsError(f"{file.path} records a {name} that was {word!r} in {_DTYPES}: write the file again.")
+        if stored[name].kind is F32:
             found[name] = known[word]
     return found
 

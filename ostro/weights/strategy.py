@@ -17,12 +17,14 @@ from typing import Any, NamedTuple, TypeGuard
 
 from ostro.errors import WeightsError
 from ostro.weights import wire
+from ostro.weights.mapped import MappedFile
 from ostro.weights.reshard import Box
 from ostro.weights.store import Shape
 
 _NO_AXIS = -1
 _ALL_REPEATS = -1
 _MAX_STAGE = 999_999
+_MAX_AXES = 32
 _OPERATOR_STRATEGY = (1, 1)  # of the one operator a stage that carries its number
 _MERGED_NAME = re.compile(r"([0-9]{1,6})-(.+)", re.DOTALL)
 _DAMAGED = "the file is damaged or is not a MindSpore strategy file; take it from the run again"
@@ -48,6 +50,8 @@ class TensorLayout:
 
     def __post_init__(self) -> None:
         axes = [axis for dim in self.tensor_map for axis in dim]
+        if len(self.dev_matrix) > _MAX_AXES or math.prod(self.dev_matrix) >> 31:
+            raise WeightsError(f"the dev_matrix has {len(self.dev_matrix)} axes of more devices than there are.")
         if any(size < 1 for size in self.dev_matrix):
             raise WeightsError(f"the dev_matrix {list(self.dev_matrix)} has an axis without devices.")
         if any(not 0 <= axis < len(self.dev_matrix) for axis in axes):
@@ -65,6 +69,7 @@ class TensorLayout:
     def box(self, rank: int, local_shape: Shape) -> Box:
         """Return the part of the whole tensor that a rank of the stage holds in a tensor of `local_shape`."""
         self._check_dims(local_shape)
+        assert 0 <= rank < self.num_ranks or not self.dev_matrix, rank
         place = [self._place(rank, [(axis, self._axis_size(axis)) for axis in dim]) for dim in self._dims(local_shape)]
         opt_axes = self._opt_axes()
         if opt_axes:
@@ -107,7 +112,7 @@ class TensorLayout:
         return self.dev_matrix[-1 - axis]
 
     def _place(self, rank: int, axes: list[tuple[int, int]]) -> int:
-        """Return which of the parts along some axes is the rank's; `size` are those of an axis, neighbours apart."""
+        """Return the rank's part along some axes, major first, each in `size` parts that its coordinates take in turn."""
         place = 0
         for axis, size in axes:
             stride = math.prod(self.dev_matrix[len(self.dev_matrix) - axis :])
@@ -115,7 +120,11 @@ class TensorLayout:
         return place
 
     def _opt_axes(self) -> list[tuple[int, int]]:
-        """Return the axes that the optimizer's sharding cuts along, major first, and into how many parts each."""
+        """Return the axes that the optimizer's sharding cuts along, major first, and into how many parts each.
+
+        MindSpore 2.10 does the same in transform_checkpoints, but where only the slowest axis is free and the
+        dims of the tensor are not cut in the order of the axes.
+        """
         if not self.opt_size or not self.opt_step:
             return []
         used = {axis for dim in self.tensor_map for axis in dim}
@@ -182,21 +191,22 @@ def read_strategies(path: Path) -> dict[int, Strategy]:
     Raises WeightsError for what is unsound, for uneven cuts, for group-info files, for files that disagree.
     """
     if not path.is_dir():
-        return _read_file(path, _read_bytes(path))
+        return _read_file(path, _load(path))
     files = _files_of(path)
     found: dict[int, tuple[Path, Strategy]] = {}
     seen: set[bytes] = set()
     for file in files:
-        data = _read_bytes(file)
+        data = _load(file)
         if data in seen:  # the ranks of a stage write the same
             continue
         seen.add(data)
         for stage, strategy in _read_file(file, data).items():
             other, known = found.setdefault(stage, (file, strategy))
             if known != strategy:
+                a, b = known.layouts, strategy.layouts
+                name = next(name for name in a | b if a.get(name) != b.get(name))
                 raise WeightsError(
-                    f"{other} and {file} cut stage {stage} differently ({_first_difference(known, strategy)}): "
-                    "keep the files of one run."
+                    f"{other} and {file} cut stage {stage} differently (first {name}): keep the files of one run."
                 )
     if sorted(found) != list(range(len(found))):
         missing = next(stage for stage in range(len(found)) if stage not in found)
@@ -235,11 +245,15 @@ class _Content(NamedTuple):
     layouts: dict[str, TensorLayout]
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror}): check the path.") from error
+def _load(path: Path) -> bytes:
+    data = MappedFile(path).data
+    # Looked at before a checkpoint of many gigabytes is copied: a strategy has a number in field 1, not a message.
+    if path.suffix != ".json" and data[:1] == wire.head(1, 0)[:1]:
+        raise WeightsError(
+            f"{path} is a group-info file or a checkpoint of tensors, and neither has layouts: "
+            "name the strategy file or folder of the run."
+        )
+    return data[:]
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -253,49 +267,46 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path, data: bytes) -> dict[int, Strategy]:
-    """Return the strategies of one file by stage."""
+    """Return the strategies of one file by stage; one stage, or all of them if every name has its stage before it."""
     try:
-        result = _by_stage(_parse_json(data) if path.suffix == ".json" else _parse(data))
-    except (ValueError, WeightsError) as error:
-        reason = str(error).rstrip(".")
-        raise WeightsError(f"{path} cannot be read as a strategy file ({reason}): {_DAMAGED}.") from None
+        content = (_parse_json if path.suffix == ".json" else _parse)(data, path)
+        matches = [_MERGED_NAME.fullmatch(name) for name in content.layouts]
+        if not content.layouts:
+            raise WeightsError(
+                f"{path} lists no parameter's layout: name the strategy file of another rank of the run."
+            )
+        if not all(matches):
+            if content.stage is None:
+                raise ValueError("it lists no operator, which would give its stage")
+            return {content.stage: _stage(content.stage, content.layouts)}
+        by_stage: dict[int, dict[str, TensorLayout]] = {}
+        for match, (name, layout) in zip(matches, content.layouts.items(), strict=True):
+            assert match is not None, name
+            by_stage.setdefault(int(match[1]), {})[match[2]] = layout
+        result = {stage: _stage(stage, by_stage[stage]) for stage in sorted(by_stage)}
+    except ValueError as error:
+        raise WeightsError(f"{path} cannot be read as a strategy file ({error}): {_DAMAGED}.") from None
     _check_equal_ranks(path, result)
     return result
 
 
-def _by_stage(content: _Content) -> dict[int, Strategy]:
-    """Return one stage, or all of them if every name has its stage before it."""
-    if not content.layouts:
-        raise ValueError("it lists no parameter's layout")
-    matches = [_MERGED_NAME.fullmatch(name) for name in content.layouts]
-    if not all(matches):
-        if content.stage is None:
-            raise ValueError("it lists no operator, which would give its stage")
-        return {content.stage: Strategy(content.stage, content.layouts)}
-    by_stage: dict[int, dict[str, TensorLayout]] = {}
-    for match, (name, layout) in zip(matches, content.layouts.items(), strict=True):
-        assert match is not None, name
-        by_stage.setdefault(int(match[1]), {})[match[2]] = layout
-    return {stage: Strategy(stage, by_stage[stage]) for stage in sorted(by_stage)}
+def _stage(stage: int, layouts: dict[str, TensorLayout]) -> Strategy:
+    try:
+        return Strategy(stage, layouts)
+    except WeightsError as error:
+        raise ValueError(str(error).rstrip(".")) from None
 
 
-def _parse(data: bytes) -> _Content:
+def _parse(data: bytes, path: Path) -> _Content:
     """Read a `ParallelStrategyMap`."""
-    stage: int | None = None
-    layouts: dict[str, TensorLayout] = {}
-    kinds: set[tuple[int, int]] = set()
+    content = _Content(None, {})
     for field in wire.fields(data, 0, len(data)):
-        kinds.add((field.number, field.wire))
-        if (field.number, field.wire) == (2, wire.BYTES) and stage is None:
-            stage = _operator_stage(data, field)
+        if (field.number, field.wire) == (2, wire.BYTES) and content.stage is None:
+            content = content._replace(stage=_operator_stage(data, field))
         elif (field.number, field.wire) == (3, wire.BYTES):
-            found = _messages(data, field)
-            _add(layouts, wire.text(data, _one(found, 1)), _raw_layout(data, _one(found, 2)))
-    if (1, wire.BYTES) in kinds:
-        if (2, wire.BYTES) in kinds:
-            raise ValueError("it is a group-info file, which lists ranks and no layouts")
-        raise ValueError("it is a checkpoint of tensors")
-    return _Content(stage, layouts)
+            inner = _messages(data, field)
+            _add(content.layouts, wire.text(data, _one(inner, 1)), _raw_layout(data, _one(inner, 2)), path)
+    return content
 
 
 def _operator_stage(data: bytes, item: wire.Field) -> int | None:
@@ -349,7 +360,7 @@ def _raw_layout(data: bytes, layouts: wire.Field) -> dict[str, Any]:
     }
 
 
-def _parse_json(data: bytes) -> _Content:
+def _parse_json(data: bytes, path: Path) -> _Content:
     try:
         found = json.loads(data, object_pairs_hook=_refuse_duplicates)
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -362,7 +373,7 @@ def _parse_json(data: bytes) -> _Content:
             raise ValueError("its first operator has no sound stage")
     layouts: dict[str, TensorLayout] = {}
     for name in items:
-        _add(layouts, name, _dict_in(items, name))
+        _add(layouts, name, _dict_in(items, name), path)
     return _Content(stage, layouts)
 
 
@@ -380,7 +391,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _add(layouts: dict[str, TensorLayout], name: str, raw: Mapping[str, Any]) -> None:
+def _add(layouts: dict[str, TensorLayout], name: str, raw: Mapping[str, Any], path: Path) -> None:
     """Add a layout, whichever form it was read from, after checking all of it."""
     dev_matrix, tensor_map = raw.get("dev_matrix"), raw.get("tensor_map")
     field, step, size = (raw.get(key) for key in ("field", "opt_weight_shard_step", "opt_weight_shard_size"))
@@ -394,8 +405,9 @@ def _add(layouts: dict[str, TensorLayout], name: str, raw: Mapping[str, Any]) ->
     if not all(map(_are_ints, dims)):
         raise ValueError(f"{name} has no sound tensor_map")
     if raw.get("param_split_shape") or raw.get("indices_offset") or field:
-        raise ValueError(
-            f"{name} is cut unevenly (param_split_shape, indices_offset or field), which Ostro cannot read"
+        raise WeightsError(
+            f"{path} cuts {name} into unequal parts (param_split_shape, indices_offset or field), which Ostro cannot "
+            "join: transform the checkpoint to a whole one in MindSpore first."
         )
     try:
         layout = TensorLayout(
@@ -424,11 +436,6 @@ def _check_equal_ranks(path: Path, strategies: Mapping[int, Strategy]) -> None:
                 f"{path} has {sizes[first]} ranks in stage {first} and {size} in stage {stage}: "
                 "keep the files of one run."
             )
-
-
-def _first_difference(a: Strategy, b: Strategy) -> str:
-    name = next(name for name in a.layouts | b.layouts if a.layouts.get(name) != b.layouts.get(name))
-    return f"first {name}"
 
 
 def _counted(stages: list[int]) -> str:

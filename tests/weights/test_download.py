@@ -61,6 +61,12 @@ class Hub:
         return [path for _, path, _ in self.asked if not path.startswith("/api/")]
 
 
+# What `_fetch` needs of huggingface_hub where a test answers for the network.
+NO_HUB = types.SimpleNamespace(
+    errors=huggingface_hub.errors, utils=types.SimpleNamespace(hf_raise_for_status=lambda response: None)
+)
+
+
 def is_large(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt", ".model"))
 
@@ -189,7 +195,7 @@ def only_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setattr(module, "_wait_seconds", lambda failed: 0.0)
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.0)
     huggingface_hub.close_session()
     yield
     huggingface_hub.close_session()
@@ -303,12 +309,45 @@ def test_ctrl_c_stops_at_the_next_block(tmp_path: Path):
         yield types.SimpleNamespace(status_code=200, iter_bytes=blocks)
 
     file = HubFile("a", 100, hashlib.sha256(data).hexdigest())
-    fake = types.SimpleNamespace(
-        errors=huggingface_hub.errors, utils=types.SimpleNamespace(hf_raise_for_status=lambda response: None)
-    )
-    module._fetch(fake, tmp_path, file, stream, lambda _: None, stop)
+    module._fetch(NO_HUB, tmp_path, file, stream, lambda _: None, stop)
     assert file.partial(tmp_path).read_bytes() == data[:20]
     assert not (tmp_path / "a").exists()
+
+
+def test_a_write_that_falls_short_loses_nothing(tmp_path: Path):
+    data, starts, opened = bytes(range(200)), [], Path.open
+
+    @contextlib.contextmanager
+    def stream(file: HubFile, start: int) -> Iterator[Any]:
+        starts.append(start)
+        blocks = (data[i : i + 50] for i in range(start, len(data), 50))
+        yield types.SimpleNamespace(status_code=206 if start else 200, iter_bytes=lambda: blocks)
+
+    class Disk:
+        """A file that takes 30 bytes of its second write, as a disk does that is filling up."""
+
+        def __init__(self, path: Path) -> None:
+            self.file, self.writes = opened(path, "ab", buffering=0), 0
+
+        def __enter__(self) -> Disk:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def fileno(self) -> int:
+            return self.file.fileno()
+
+        def write(self, data: bytes) -> int:
+            self.writes += 1
+            return self.file.write(data[: 30 if self.writes == 2 else None])
+
+    file = HubFile("a", 200, hashlib.sha256(data).hexdigest())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, **how: Disk(path) if mode == "ab" else opened(path, mode, **how))
+        module._fetch(NO_HUB, tmp_path, file, stream, lambda _: None, threading.Event())
+    assert (tmp_path / "a").read_bytes() == data
+    assert starts == [0, 80]
 
 
 def test_a_hub_without_ranges_is_heard_from_the_beginning(hub: Hub, tmp_path: Path):
@@ -380,7 +419,7 @@ def test_two_downloads_do_not_write_one_file(hub: Hub, tmp_path: Path):
 
 def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(WeightsError, match="file cannot be written"):
+    with pytest.raises(WeightsError, match="file cannot be used"):
         download(REPO, tmp_path / "file")
 
 
@@ -588,7 +627,11 @@ def test_settings_that_forbid_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
         patch.setitem(sys.modules, "huggingface_hub", None)
         with pytest.raises(ConfigError, match=r"pip install 'ostro\[hub\]'"):
             download(REPO, tmp_path)
-    with pytest.raises(ConfigError, match="characters that no token has") as caught:
-        download(REPO, tmp_path, token="hf_secret\n")
-    assert "secret" not in str(caught.value)
+    for wrong in ("hf_secret\n", "hf_секрет", "hf secret"):
+        with pytest.raises(ConfigError, match="characters that no token has") as caught:
+            download(REPO, tmp_path, token=wrong)
+        assert wrong not in str(caught.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_\x01secret")
+    with pytest.raises(ConfigError, match="characters that no token has"):
+        download(REPO, tmp_path)
     assert hub.asked == []

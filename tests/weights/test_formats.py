@@ -28,7 +28,7 @@ def test_what_is_written_reads_the_same(name: str, config, dtype: torch.dtype | 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
         convert(source, path, to=name, dtype=dtype)
-        assert detect(path) == name
+        assert name.startswith(detect(path))  # the two of MindSpore's differ in their tensors alone
         reader = open_reader(path)
         assert reader.format == name
         assert dataclasses.replace(reader.model, initializer_range=config.initializer_range) == config
