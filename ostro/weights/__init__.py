@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ostro.errors import ConfigError, WeightsError
-from ostro.weights import dcp, hf, mindspore
+from ostro.weights import dcp, hf, mindspore, mistral
 from ostro.weights.hf_config import tokenizer_folder
 from ostro.weights.store import (
     NO_HINTS,
@@ -89,6 +89,7 @@ FORMATS = {
         functools.partial(mindspore.write, is_gmm=True),
         ("format", "model", "strategy", "step"),
     ),
+    "mistral": Format("mistral", mistral.WHAT, mistral.detect, mistral.open_reader, mistral.write, ("format", "model")),
     # Last: a folder of any other format may have a config.json too.
     "hf": Format("hf", hf.WHAT, hf.detect, hf.open_reader, hf.write, ("model",)),
     # Not a path: opened as open_reader(model, seed).

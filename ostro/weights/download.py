@@ -110,7 +110,8 @@ def download(
             timeout = hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
             return hub.get_session().stream("GET", url, headers=asked, timeout=timeout, follow_redirects=True)
 
-        _fetch_all(hub, directory, missing, stream)
+        if missing:
+            _fetch_all(hub, directory, missing, stream)
     return directory
 
 

@@ -37,8 +37,7 @@ from ostro.weights.gguf_file import (
 )
 from ostro.weights.gguf_vocabulary import add_vocabulary, vocabulary_of
 from ostro.weights.hf_config import SaveTokenizer
-from ostro.weights.mapped import TensorFile
-from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, Where, label
+from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, Where
 from ostro.weights.stored import (
     AS_IT_IS,
     FileTensor,
@@ -121,22 +120,13 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
     Quantised tensors are presented as float32. Raises WeightsError for another architecture, for settings that
     Ostro's model does not have, and for files of a split model that are missing or do not belong together.
     """
-    paths = _files_of(path)
-    parts = [GgufFile(file) for file in paths]
+    parts = [GgufFile(file) for file in _files_of(path)]
     _require_whole(path, parts)
-    first = parts[0]
-    held: dict[str, TensorFile] = {}
-    for part in parts:
-        twice = next((name for name in part.infos if name in held), None)
-        if twice:
-            raise WeightsError(f"{part.path} and a file before it both hold {twice}: {_ADVICE}.")
-        held |= dict.fromkeys(part.infos, part)
-    model = _read_config(first, {name: held[name].infos[name] for name in held})
     stored = {name: held for part in parts for name, held in part.stored.items()}
-    dtypes = _recorded_dtypes(first, stored)
-    files = {name: _Narrowed(file, dtypes[name]) if name in dtypes else file for name, file in held.items()}
-    is_old = any(_OLD_EXPERT.fullmatch(name) for name in held)
-    source = source_of(model, separate_experts=is_old)
+    model = _read_config(parts[0], stored)
+    dtypes = _recorded_dtypes(parts[0], stored)
+    files = {name: file for part in parts for file in [_Narrowed(part, dtypes)] for name in file.infos}
+    source = source_of(model, separate_experts=any(_OLD_EXPERT.fullmatch(name) for name in stored))
     words = sorted({held.kind.word for held in stored.values() if held.kind.is_quantized})
     notes = [f"{' and '.join(words)} weights are read as float32"] if words else []
     return StoredReader("gguf", path, model, files, source, layers="blk.", notes=notes, advice=_ADVICE)
@@ -192,10 +182,10 @@ def write(
     parts = streamed(tensors.values())
 
     def encoded(name: str) -> Iterator[Tensor]:
-        pieces = tensors[name].pieces
-        for (parameter, stack, _), part in zip(pieces, parts(name), strict=True):
+        what = f"{tensors[name].pieces[0].name} ({name})"
+        for part in parts(name):
             for rows in part.split(max(1, _CHUNK_VALUES // part.shape[-1])):
-                yield encode(rows, stored[name].kind, label(parameter, stack))
+                yield encode(rows, stored[name].kind, what)
 
     num_bytes = sum(kind.num_bytes(shape) for shape, kind in stored.values())
     is_file = path.suffix == SUFFIX
@@ -222,7 +212,7 @@ def _stored_kind(tensor: FileTensor, asked: Kind | None) -> Kind:
     own = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}.get(info.dtype)
     if own is None and asked is None:
         word = str(info.dtype).removeprefix("torch.")
-        raise WeightsError(f"{tensor.pieces[0][0]} is {word}, which llama.cpp does not compute with: ask for fp32.")
+        raise WeightsError(f"{tensor.pieces[0].name} is {word}, which llama.cpp does not compute with: ask for fp32.")
     if len(info.shape) == 1 or name.endswith(".ffn_gate_inp.weight"):
         return F32
     kind = asked or own or F32
@@ -266,24 +256,26 @@ def _add_config(writer: GGUFWriter, model: ModelConfig, kind: Kind, dtypes: Mapp
 
 
 class _Narrowed:
-    """A file in which one tensor is float32 and was of a narrower dtype before, as which it is presented."""
+    """A file some of whose tensors are float32 and were of a narrower dtype before, as which they are presented."""
 
-    def __init__(self, file: TensorFile, dtype: torch.dtype) -> None:
+    def __init__(self, file: GgufFile, dtypes: Mapping[str, torch.dtype]) -> None:
         self.path = file.path
-        self.infos = {name: TensorInfo(info.shape, dtype) for name, info in file.infos.items()}
-        self._file, self._dtype = file, dtype
+        self.infos = {name: TensorInfo(i.shape, dtypes.get(name, i.dtype)) for name, i in file.infos.items()}
+        self._file = file
 
     def tensor(self, name: str, where: Where = ()) -> Tensor:
         """Return a tensor or a slice of it; WeightsError where the narrower dtype would lose a bit."""
-        wide = self._file.tensor(name, where).contiguous()
-        bits = wide.view(torch.int32)
-        if self._dtype == torch.bfloat16:  # its bits are the upper half, those of a NaN included
+        held, dtype = self._file.tensor(name, where), self.infos[name].dtype
+        if held.dtype == dtype:
+            return held
+        bits = held.contiguous().view(torch.int32)
+        if dtype == torch.bfloat16:  # its bits are the upper half, those of a NaN included
             narrow, is_exact = (bits >> 16).to(torch.int16).view(torch.bfloat16), not bool((bits & 0xFFFF).any())
         else:
-            narrow = wide.to(self._dtype)
+            narrow = held.to(dtype)
             is_exact = torch.equal(narrow.float().view(torch.int32), bits)
         if not is_exact:
-            word = str(self._dtype).removeprefix("torch.")
+            word = str(dtype).removeprefix("torch.")
             raise WeightsError(
                 f"{self.path} holds values in {name} that are no {word}, which it says they were "
                 f"({_DTYPES}): they were changed since; remove that key from the file."
@@ -306,8 +298,9 @@ def _files_of(path: Path) -> list[Path]:
     files = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}{SUFFIX}") for i in range(1, count + 1)]
     absent = [file.name for file in files if not file.is_file()]
     if absent or not files:
-        first = absent[0] if absent else path.name
-        raise WeightsError(f"{path} is one of {count} files; {len(absent)} are missing, first {first}: fetch them too.")
+        verb = "is" if len(absent) == 1 else "are"
+        first = f", first {absent[0]}" if absent else ""
+        raise WeightsError(f"{path} is one of {count} files; {len(absent)} {verb} missing{first}: fetch all of them.")
     return files
 
 
@@ -325,13 +318,17 @@ def _require_whole(path: Path, parts: Sequence[GgufFile]) -> None:
                 f"{part.path} says it is part {number} of {count} (from 0), its name says {at} of {len(parts)}: "
                 "give the files their own names and keep them in one folder."
             )
-    held = sum(len(part.infos) for part in parts)
+    names = [name for part in parts for name in part.infos]
+    held = len(names)
+    if len(set(names)) != held:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise WeightsError(f"two files of {path} hold {twice}: {_ADVICE}.")
     wanted = parts[0].metadata.get("split.tensors.count", held)
     if wanted != held:
         raise WeightsError(f"{path} holds {held} tensors in {len(parts)} files, {wanted} are announced: {_ADVICE}.")
 
 
-def _read_config(file: GgufFile, infos: Mapping[str, TensorInfo]) -> ModelConfig:
+def _read_config(file: GgufFile, stored: Mapping[str, Stored]) -> ModelConfig:
     """Return the architecture that the metadata describes."""
     path, metadata = file.path, file.metadata
     architecture = metadata.get("general.architecture")
@@ -345,16 +342,16 @@ def _read_config(file: GgufFile, infos: Mapping[str, TensorInfo]) -> ModelConfig
         if value not in plain:
             raise WeightsError(f"{path} has {_ARCHITECTURE}.{key}={value!r}: Ostro's Mixtral has {plain[-1]!r} alone.")
     for name in (_NAMES[layout.EMBEDDING], _NAMES[layout.GATE].format(layer=0)):
-        if name not in infos or len(infos[name].shape) != 2:
+        if name not in stored or len(stored[name].shape) != 2:
             raise WeightsError(f"{path} has no matrix {name}: {_ADVICE}.")
     fields = _described(file)
     fields.setdefault("head_dim", 0)
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("rope_theta", 10000.0)
-    fields["vocab_size"] = metadata.get(f"{_ARCHITECTURE}.vocab_size", infos[_NAMES[layout.EMBEDDING]].shape[0])
-    fields["tie_word_embeddings"] = _NAMES[layout.HEAD] not in infos
-    for role in ("bos", "eos", "pad"):
-        value = metadata.get(f"tokenizer.ggml.{role}_token_id")
+    fields["vocab_size"] = metadata.get(f"{_ARCHITECTURE}.vocab_size", stored[_NAMES[layout.EMBEDDING]].shape[0])
+    fields["tie_word_embeddings"] = _NAMES[layout.HEAD] not in stored
+    for role, word in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        value = metadata.get(f"tokenizer.ggml.{word}_token_id")
         if value is not None:
             fields[f"{role}_token_id"] = value
     fields |= _recorded_fields(file, fields)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ostro.errors import DataError
 from ostro.model.settings import ModelConfig
 from ostro.weights.gguf_file import package
-from ostro.weights.hf_config import SaveTokenizer, save_tokenizer
+from ostro.weights.hf_config import SaveTokenizer, read_json, save_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+_MODEL = "tokenizer.model"
 _UNUSED_SCORE = -10000.0  # what convert_hf_to_gguf.py gives a row of the embedding that no piece stands for
 
 
@@ -27,6 +28,7 @@ class Vocabulary:
     types: list[int]
     ids: dict[str, int]  # by role
     has_space_prefix: bool
+    chat_template: str
 
 
 def vocabulary_of(tokenizer: SaveTokenizer, model: ModelConfig) -> tuple[Vocabulary | None, list[str]]:
@@ -35,13 +37,13 @@ def vocabulary_of(tokenizer: SaveTokenizer, model: ModelConfig) -> tuple[Vocabul
         return None, ["there is no tokenizer in it: llama.cpp takes and gives token ids alone"]
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
-        file = Path(folder) / "tokenizer.model"
+        file = Path(folder) / _MODEL
         if not file.is_file():
             return None, ["there is no tokenizer in it: the one given has no tokenizer.model, which GGUF is made from"]
         try:
-            found = _read(file)
+            found = _read(Path(folder))
         except DataError as error:
-            reason = str(error).replace(str(file), "tokenizer.model").rstrip(".")
+            reason = str(error).replace(str(file), _MODEL).rstrip(".")
             return None, [f"there is no tokenizer in it: {reason}"]
     if len(found.pieces) > model.vocab_size:
         return None, [
@@ -50,8 +52,9 @@ def vocabulary_of(tokenizer: SaveTokenizer, model: ModelConfig) -> tuple[Vocabul
     return found, []
 
 
-def _read(file: Path) -> Vocabulary:
+def _read(folder: Path) -> Vocabulary:
     """Return the vocabulary of a sentencepiece model; DataError for one that is not of Mixtral's kind."""
+    file = folder / _MODEL
     from sentencepiece import SentencePieceProcessor
 
     from ostro.data.piece_model import read_piece_model
@@ -76,7 +79,19 @@ def _read(file: Path) -> Vocabulary:
         types=[int(type_of(at, piece)) for at, piece in enumerate(pieces)],
         ids={role: ids[piece] for role, piece in roles.items() if piece is not None},
         has_space_prefix=any(step["type"] == "Prepend" for step in spec["normalizer"]["normalizers"]),
+        chat_template=_chat_template(folder),
     )
+
+
+def _chat_template(folder: Path) -> str:
+    """Return the template a chat is written with, from a file of its own or the tokenizer's settings; "" for none."""
+    own, beside = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text("utf-8", errors="replace")
+    found = read_json(beside).get("chat_template", "") if beside.is_file() else ""
+    if isinstance(found, list):  # several, by name
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), "")
+    return found if isinstance(found, str) else ""
 
 
 def add_vocabulary(writer: GGUFWriter, model: ModelConfig, found: Vocabulary | None) -> None:
@@ -98,6 +113,8 @@ def add_vocabulary(writer: GGUFWriter, model: ModelConfig, found: Vocabulary | N
         writer.add_add_bos_token(True)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(found.has_space_prefix)
+        if found.chat_template:
+            writer.add_chat_template(found.chat_template)
     add = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,

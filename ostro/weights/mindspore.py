@@ -31,6 +31,7 @@ from ostro.weights.stored import (
     TRANSPOSED,
     FileTensor,
     Order,
+    Piece,
     Source,
     SourceOf,
     StoredReader,
@@ -131,26 +132,22 @@ def detect(path: Path) -> bool:
     """Whether `path` looks like this format, sound or not."""
     if path.is_file():
         return path.suffix == ".ckpt" or (path.suffix == ".safetensors" and _is_ours(path))
-    if ranks.rank_folders(path) is not None or any(path.glob("*.ckpt")):
-        return True
-    if not path.is_dir() or not ranks.is_any_file_in(path):
-        return False
-    try:
-        file = ranks.file_of(path)
-    except WeightsError:
-        return False
-    return file.suffix == ".ckpt" or _is_ours(file)
+    files = ranks.files_in(path)
+    others = [file for file in files if file.suffix != ".ckpt"]
+    return any(map(_is_ours, others)) if others else bool(files)
 
 
 def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
     """Open a file, the folder of one, rank folders, a rank's file (for all ranks), or MindFormers' output folder."""
+    if hints.step is not None and path.is_file():
+        raise ConfigError(f"--step {hints.step} chooses from a folder, and {path} is a file: leave it out.")
     folder = ranks.rank_folders(path)
     if folder is None:
         if hints.strategy is not None:
             raise ConfigError(
                 f"--strategy {hints.strategy} is for rank folders, and {path} is not in one: leave it out."
             )
-        single = ranks.open_file(ranks.file_of(path))
+        single = ranks.open_file(ranks.file_of(path, hints.step))
         file: TensorFile = single
         notes = [f"the file is {single.path.name}"] if single.path != path else []
         certify = single.check_crc if isinstance(single, CkptFile) else None
@@ -286,15 +283,18 @@ def _concat_qkv(tensors: dict[str, FileTensor], reader: Reader) -> dict[str, Fil
     """Return the tensors with q, k and v in one, made of the rows of one head group after another."""
     model = reader.model
     group, width = model.num_attention_heads // model.num_key_value_heads, model.head_dim
+    infos = reader.names()
     found: dict[str, FileTensor] = {}
     for tensor in tensors.values():
-        q_name, _, source = tensor.pieces[0]
+        q_name, source = tensor.pieces[0].name, tensor.pieces[0].source
         if tensor.name in found or not source.name.endswith(".w_qkv.weight"):
             found.setdefault(tensor.name, tensor)
             continue
         names = [q_name, *(q_name.replace(".q_proj.", f".{letter}_proj.") for letter in "kv")]
+        if len({infos[name].dtype for name in names}) > 1:
+            raise WeightsError(f"{q_name} and its k and v differ in type, and one tensor has one: say --dtype.")
         pieces = [
-            (name, (slice(head * rows, (head + 1) * rows),), Source(tensor.name, source.shape))
+            Piece(name, (), slice(head * rows, (head + 1) * rows), Source(tensor.name, source.shape))
             for head in range(model.num_key_value_heads)
             for name, rows in zip(names, (group * width, width, width), strict=True)
         ]
@@ -312,7 +312,8 @@ def _optimizer(held: StoredReader, dialect: Dialect) -> tuple[dict[str, FileTens
             map = source_of(held.model, own, prefix)
             moment = StoredReader(held.format, held.path, held.model, files, map, layers=prefix + _LAYERS)
             moment.check()
-            tensors |= file_tensors(moment, source_of(held.model, dialect, prefix))
+            written = file_tensors(moment, source_of(held.model, dialect, prefix))
+            tensors |= _concat_qkv(written, moment) if dialect.qkv_concat else written
     if not tensors:
         raise WeightsError(f"{held.path} holds no optimizer: convert it without --optimizer.")
     rest = [name for name in held.others if not name.startswith(ranks.OPTIMIZER_PREFIXES)]

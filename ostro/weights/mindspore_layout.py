@@ -69,8 +69,8 @@ def strategies(tensors: dict[str, FileTensor], model: ModelConfig, degrees: Mind
     table = layout.table(model)
     found: list[dict[str, TensorLayout]] = [{} for _ in range(degrees.pp)]
     for tensor in tensors.values():
-        parameter = table[tensor.pieces[0][0]]
-        is_transposed = tensor.pieces[0][2].order.is_transposed
+        parameter = table[tensor.pieces[0].name]
+        is_transposed = tensor.pieces[0].source.order.is_transposed
         found[_stage(parameter, model, degrees)][tensor.name] = _layout(tensor, parameter.kind, is_transposed, degrees)
     return [Strategy(stage, layouts) for stage, layouts in enumerate(found)]
 

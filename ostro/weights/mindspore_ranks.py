@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ostro.errors import WeightsError
 from ostro.weights.ckpt_file import CkptFile
+from ostro.weights.hf_config import read_json
 from ostro.weights.mapped import TensorFile
 from ostro.weights.reshard import Box, GatheredFile, Shard, is_covered, whole
 from ostro.weights.safetensors_file import SafetensorsFile
@@ -24,6 +25,8 @@ _RANK = re.compile(r"rank_(\d{1,6})")
 # {prefix}_rank_{r}-{epoch}_{step}; the prefix may hold dashes. In sink mode the epoch counts steps, the step is 1.
 _STEP = re.compile(r".*-(\d{1,12})_(\d{1,12})")
 _FOLDERS = ("checkpoint", "checkpoint_network")  # of MindFormers' output/; the second has the weights alone
+_MAP = "param_name_map.json"  # of unified_safetensors: which of its parts has a tensor
+_UNMAPPED = "hyper_param.safetensors"  # and what it found in no strategy, which the map leaves out
 _SMALL_BYTES = 1 << 20  # copies of at most this size are compared whenever they are opened
 
 Step = tuple[int, int]
@@ -41,8 +44,45 @@ class Gathered:
     certify: Callable[[], None]
 
 
-def open_file(path: Path) -> CkptFile | SafetensorsFile:
-    """Open a file of MindSpore's by its suffix."""
+class UnifiedFile:
+    """The .safetensors parts of whole tensors that MindSpore's unified_safetensors writes, by their map, as one file.
+
+    Raises WeightsError for a map that names what is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = read_json(path)
+        map = content.get("weight_map", content)
+        self.infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        opened: dict[str, SafetensorsFile] = {}
+        for name, part in map.items() if isinstance(map, dict) else ():
+            if not isinstance(part, str) or Path(part).name != part:
+                raise WeightsError(f"{path} has {part!r} for the file of {name}: join the ranks' files again.")
+            file = opened.get(part) or opened.setdefault(part, SafetensorsFile(path.parent / part))
+            if name not in file.infos:
+                raise WeightsError(
+                    f"{path} says that {name} is in {part}, which lacks it: join the ranks' files again."
+                )
+            self._add(name, file)
+        if (path.parent / _UNMAPPED).is_file():
+            rest = SafetensorsFile(path.parent / _UNMAPPED)
+            for name in rest.infos:
+                self._add(name, rest)
+
+    def tensor(self, name: str, where: Where = ()) -> Tensor:
+        """Return a tensor or a slice of it, a view of a file."""
+        return self._files[name].tensor(name, where)
+
+    def _add(self, name: str, file: SafetensorsFile) -> None:
+        self.infos[name], self._files[name] = file.infos[name], file
+
+
+def open_file(path: Path) -> CkptFile | SafetensorsFile | UnifiedFile:
+    """Open a file of MindSpore's by its suffix, or the parts of a map."""
+    if path.name == _MAP:
+        return UnifiedFile(path)
     return SafetensorsFile(path) if path.suffix == ".safetensors" else CkptFile(path)
 
 
@@ -62,15 +102,20 @@ def rank_folders(path: Path) -> Path | None:
     return around if len(_ranks(around)) > 1 or _strategy_folder(around, Hints()) else None
 
 
-def file_of(path: Path) -> Path:
-    """Return the one file that a path without rank folders stands for; WeightsError if there are several."""
+def file_of(path: Path, step: int | None = None) -> Path:
+    """Return the one file of the newest step, or of that asked for, that a path without a cluster's ranks stands for.
+
+    It may be the map of a unified checkpoint. Raises WeightsError if there is none, or if there are several.
+    """
     if path.is_file():
         return path
-    folders = [path, *_ranks(path).values(), *(r for name in _FOLDERS for r in _ranks(path / name).values())]
-    files = [file for folder in folders for file in _files(folder)]
+    if (path / _MAP).is_file():
+        return path / _MAP
+    files = files_in(path)
     if not files:
         raise WeightsError(f"{path} holds no .ckpt and no .safetensors file: give the folder that does.")
-    newest = max(map(_step_of, files))
+    steps = sorted(set(map(_step_of, files)), reverse=True)
+    newest = _of_step(path, steps, step)[0]
     chosen = [file for file in files if _step_of(file) == newest]
     if len(chosen) > 1:
         raise WeightsError(
@@ -79,10 +124,11 @@ def file_of(path: Path) -> Path:
     return chosen[0]
 
 
-def is_any_file_in(path: Path) -> bool:
-    """Whether files or rank folders lie where this format has them."""
-    folders = (path, *_ranks(path).values(), *(r for name in _FOLDERS for r in _ranks(path / name).values()))
-    return any(_files(folder) for folder in folders)
+def files_in(path: Path) -> list[Path]:
+    """Return the files in a folder or else in its ranks, or else in those of MindFormers' folders in it."""
+    places = ([path], *(list(_ranks(folder).values()) for folder in (path, *(path / name for name in _FOLDERS))))
+    found = ([file for folder in folders for file in _files(folder)] for folders in places)
+    return next(filter(None, found), [])
 
 
 def gather(folder: Path, asked: Path, hints: Hints) -> Gathered:
@@ -97,14 +143,24 @@ def gather(folder: Path, asked: Path, hints: Hints) -> Gathered:
             "give MindFormers' output/strategy with --strategy."
         )
     strategies = read_strategies(place)
-    held = {rank: _steps(path) for rank, path in _ranks(folder).items()}
-    step = hints.step if hints.step is not None or not asked.is_file() else _step_of(asked)
-    files, notes = _choose(folder, held, step)
+    ranks = _ranks(folder)
+    if asked.is_file():
+        held = {rank: _steps(path, path / _named_like(asked, rank)) for rank, path in ranks.items()}
+        files, notes = _choose(folder, held, _step_of(asked))
+    else:
+        files, notes = _choose(folder, {rank: _steps(path) for rank, path in ranks.items()}, hints.step)
     parts = _Parts(folder, list(_placed(folder, files, strategies)))
     notes.insert(
         0, f"{len(files)} ranks in {len(strategies)} {'stage' if len(strategies) == 1 else 'stages'} of {place}"
     )
-    return Gathered(parts.gathered(), notes, parts.check_copies)
+
+    def certify() -> None:
+        for file in files.values():
+            if isinstance(file, CkptFile):
+                file.check_crc()
+        parts.check_copies()
+
+    return Gathered(parts.gathered(), notes, certify)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +190,7 @@ class _Parts:
                 if other.whole != part.whole:
                     raise WeightsError(
                         f"{folder}: {part.name} is {_shown(other.whole)} by rank_{other.rank} and "
-                        f"{_shown(part.whole)} by rank_{part.rank}: their files are of different runs, or the strategy is."
+                        f"{_shown(part.whole)} by rank_{part.rank}: these are of different runs, or the strategy is."
                     )
                 break
             if part.box in mine:
@@ -161,7 +217,7 @@ class _Parts:
             if is_chosen(copy) and not same_bits(first.read(), copy.read()):
                 raise WeightsError(
                     f"{self._folder}: rank_{first.rank} and rank_{copy.rank} should hold the same values of "
-                    f"{copy.name} and do not: their files are of different steps or runs, or the strategy is another run's."
+                    f"{copy.name} and do not: the files are of different steps or runs, or the strategy is."
                 )
 
     def _require_covered(self, ranks: list[int]) -> None:
@@ -216,12 +272,7 @@ def _choose(
     steps = sorted({step for files in held.values() for step in files}, reverse=True)
     if not steps:
         raise WeightsError(f"{folder} has rank folders without a .ckpt or .safetensors file: the run saved none there.")
-    wanted = [step for step in steps if asked is None or asked in (step, step[0] if step[1] == 1 else step[1])]
-    if not wanted or (isinstance(asked, int) and len(wanted) > 1):
-        raise WeightsError(
-            f"{folder} holds {'no' if not wanted else 'several'} step {asked}; there are "
-            f"{', '.join(map(_word, steps))}: choose one of those, or name a file."
-        )
+    wanted = _of_step(folder, steps, asked)
     notes: list[str] = []
     for step in wanted:
         without = [rank for rank, files in held.items() if step not in files]
@@ -238,12 +289,32 @@ def _choose(
     raise WeightsError(f"{folder} holds no step that is whole on all ranks: {'; '.join(notes)}.")
 
 
-def _steps(folder: Path) -> dict[Step, Path]:
-    """Return the newest file of each step in one rank's folder."""
+def _of_step(folder: Path, steps: list[Step], asked: Step | int | None) -> list[Step]:
+    """Return those of the steps that are meant: all, or the one asked for; WeightsError unless it is exactly one."""
+    if asked is None:
+        return steps
+    wanted = [step for step in steps if asked in (step, step[0] if step[1] == 1 else step[1])]
+    if len(wanted) != 1:
+        raise WeightsError(
+            f"{folder} holds {'several steps' if wanted else 'no step'} "
+            f"{asked if isinstance(asked, int) else _word(asked)}; there are {', '.join(map(_word, steps))}: "
+            "choose one of those, or name a file."
+        )
+    return wanted
+
+
+def _steps(folder: Path, preferred: Path | None = None) -> dict[Step, Path]:
+    """Return the newest file of each step in one rank's folder; `preferred` is of its step, if it is there."""
     found: dict[Step, Path] = {}
-    for file in sorted(_files(folder), key=lambda file: (file.stat().st_mtime_ns, file.name)):
+    for file in sorted(_files(folder), key=lambda file: (file == preferred, file.stat().st_mtime_ns, file.name)):
         found[_step_of(file)] = file
     return found
+
+
+def _named_like(asked: Path, rank: int) -> str:
+    """Return the name that a file of one rank has as another's: a run that starts again adds suffixes to its names."""
+    own = asked.parent.name.removeprefix("rank_")
+    return re.sub(rf"(rank_|checkpoint_){own}(?!\d)", rf"\g<1>{rank}", asked.name, count=1)
 
 
 def _step_of(file: Path) -> Step:

@@ -205,8 +205,9 @@ def pieces(parameter: layout.Parameter) -> Iterator[tuple[int, ...]]:
 
 
 def label(name: str, where: Where) -> str:
-    """Return the name of a slice as an error shows it."""
-    return name + (f"[{', '.join(map(str, where))}]" if where else "")
+    """Return the name of a slice as an error shows it: with the expert and the half, not with the rows."""
+    stack = [str(index) for index in where if isinstance(index, int)]
+    return name + (f"[{', '.join(stack)}]" if stack else "")
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
@@ -406,7 +407,9 @@ def _is_delicate(kind: layout.Kind) -> bool:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().reshape(-1)
+    # One element is contiguous at any stride, but a view as bytes wants 1.
+    return (flat.clone() if flat.numel() == 1 else flat).view(torch.uint8)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ from ostro.weights.store import (
     stack_sizes,
 )
 
+_BLOCK_BYTES = 16 << 20  # read at a time where the order stays: small enough for memory to be used again
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -217,51 +219,68 @@ class StoredReader:
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a file's tensor takes from a parameter: the piece at an index of its stack, or some rows of it."""
+
+    name: str
+    stack: tuple[int, ...]
+    rows: slice
+    source: Source
+
+
+@dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """One tensor to write, and the pieces that make it up, in the order in which they stand in it."""
+    """One tensor to write, and the pieces of `reader` that make it up, in the order in which they stand in it."""
 
     name: str
     info: TensorInfo
     reader: Reader
-    pieces: tuple[tuple[str, Where, Source], ...]  # parameter, which part of it, source
+    pieces: tuple[Piece, ...]
 
     def parts(self, box: Box | None = None) -> Iterator[Tensor]:
-        """Yield the tensor, or a box of it, piece by piece."""
-        for name, where, source in self.pieces:
-            if box is None:
-                rest: tuple[slice, ...] = ()
-            else:
-                lead = len(source.index)
-                if any(i not in range(s, s + n) for i, s, n in zip(source.index, box.offsets, box.sizes, strict=False)):
+        """Yield the tensor, or a box of it, in blocks of rows; what changes its order comes a piece at a time."""
+        for piece in self.pieces:
+            index, rows, rest = piece.source.index, piece.rows, ()
+            if box is not None:
+                if any(not 0 <= i - o < n for i, o, n in zip(index, box.offsets, box.sizes, strict=False)):
                     continue
-                rest = box.where[lead:]
-            if source.order is AS_IT_IS:
-                yield self.reader.read(name, (*where, *rest))
-            else:
-                yield source.order.save(self.reader.read(name, where))[rest]
+                rows, *rest = box.where[len(index) :]
+            if piece.source.order is not AS_IT_IS:
+                yield piece.source.order.save(self.reader.read(piece.name, piece.stack))[(rows, *rest)]
+                continue
+            row_bytes = math.prod(self.info.shape[len(index) + 1 :]) * self.info.dtype.itemsize
+            step = max(1, _BLOCK_BYTES // row_bytes)
+            for start in range(rows.start, rows.stop, step):
+                block = slice(start, min(start + step, rows.stop))
+                yield self.reader.read(piece.name, (*piece.stack, block, *rest))
 
 
 def file_tensors(reader: Reader, source: SourceOf) -> dict[str, FileTensor]:
     """Return the tensors that a model has in a format, in the order of the parameter table."""
     infos = reader.names()
-    found: dict[str, list[tuple[str, Where, Source]]] = {}
+    found: dict[str, list[Piece]] = {}
     for parameter in layout.parameters(reader.model):
         for stack in pieces(parameter):
             at = source(parameter, stack)
-            found.setdefault(at.name, []).append((parameter.name, stack, at))
+            num_rows = (at.split or at.shape)[len(at.index)]
+            found.setdefault(at.name, []).append(Piece(parameter.name, stack, slice(0, num_rows), at))
     return {
-        name: FileTensor(name, TensorInfo(held[0][2].shape, infos[held[0][0]].dtype), reader, tuple(held))
+        name: FileTensor(name, TensorInfo(held[0].source.shape, infos[held[0].name].dtype), reader, tuple(held))
         for name, held in found.items()
     }
 
 
 def streamed(tensors: Iterable[FileTensor], boxes: Mapping[str, Box] | None = None) -> Parts:
-    """Return what gives the parts of each tensor, which must be asked for in this order, read one ahead."""
+    """Return what gives the parts of each tensor, which must be asked for in this order, read one ahead.
+
+    A part is good until the next one is asked for: what has to be copied is copied into two buffers, by turns.
+    """
 
     def every() -> Iterator[tuple[str, Tensor]]:
+        buffers = itertools.cycle((_Buffer(), _Buffer()))
         for tensor in tensors:
             for part in tensor.parts(boxes[tensor.name] if boxes else None):
-                yield tensor.name, part.contiguous()
+                yield tensor.name, part if part.is_contiguous() else next(buffers).filled(part)
 
     groups = itertools.groupby(_ahead(every()), key=lambda pair: pair[0])
 
@@ -271,6 +290,19 @@ def streamed(tensors: Iterable[FileTensor], boxes: Mapping[str, Box] | None = No
         return (part for _, part in group)
 
     return parts
+
+
+class _Buffer:
+    """Memory that is used again: fresh pages for every copy would cost as much as the copy."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def filled(self, tensor: Tensor) -> Tensor:
+        """Return a contiguous copy."""
+        if len(self._bytes) < tensor.nbytes:
+            self._bytes = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        return self._bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

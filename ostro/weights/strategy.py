@@ -26,7 +26,7 @@ _ALL_REPEATS = -1
 _MAX_STAGE = 999_999
 _MAX_AXES = 32
 _OPERATOR_STRATEGY = (1, 1)  # of the one operator a stage that carries its number
-_MERGED_NAME = re.compile(r"([0-9]{1,6})-(.+)", re.DOTALL)
+_MERGED_NAME = re.compile(r"(0|[1-9][0-9]{0,5})-(.+)", re.DOTALL)
 _DAMAGED = "the file is damaged or is not a MindSpore strategy file; take it from the run again"
 
 
@@ -50,10 +50,10 @@ class TensorLayout:
 
     def __post_init__(self) -> None:
         axes = [axis for dim in self.tensor_map for axis in dim]
-        if len(self.dev_matrix) > _MAX_AXES or math.prod(self.dev_matrix) >> 31:
-            raise WeightsError(f"the dev_matrix has {len(self.dev_matrix)} axes of more devices than there are.")
         if any(size < 1 for size in self.dev_matrix):
             raise WeightsError(f"the dev_matrix {list(self.dev_matrix)} has an axis without devices.")
+        if len(self.dev_matrix) > _MAX_AXES or math.prod(self.dev_matrix) >> 31:
+            raise WeightsError(f"the dev_matrix has {len(self.dev_matrix)} axes of more devices than there are.")
         if any(not 0 <= axis < len(self.dev_matrix) for axis in axes):
             raise WeightsError(f"the tensor_map names an axis that the dev_matrix {list(self.dev_matrix)} lacks.")
         cutting = [axis for axis in axes if self._axis_size(axis) > 1]
@@ -112,7 +112,7 @@ class TensorLayout:
         return self.dev_matrix[-1 - axis]
 
     def _place(self, rank: int, axes: list[tuple[int, int]]) -> int:
-        """Return the rank's part along some axes, major first, each in `size` parts that its coordinates take in turn."""
+        """Return the rank's part along axes, major first, each cut into `size` that its ranks take in turn."""
         place = 0
         for axis, size in axes:
             stride = math.prod(self.dev_matrix[len(self.dev_matrix) - axis :])
@@ -122,8 +122,8 @@ class TensorLayout:
     def _opt_axes(self) -> list[tuple[int, int]]:
         """Return the axes that the optimizer's sharding cuts along, major first, and into how many parts each.
 
-        MindSpore 2.10 does the same in transform_checkpoints, but where only the slowest axis is free and the
-        dims of the tensor are not cut in the order of the axes.
+        transform_checkpoints of MindSpore 2.10 does the same, except where only the slowest axis is free and the dims
+        are not cut in the order of the axes: there it takes the dims' order for the ranks'.
         """
         if not self.opt_size or not self.opt_step:
             return []
@@ -186,7 +186,7 @@ def read_strategies(path: Path) -> dict[int, Strategy]:
     """Return the strategy of every stage, by stage, from a file of one stage, a merged one, or a folder.
 
     Of a folder all .ckpt or all .json files count, one a stage or one a rank, a merged file among them too: those of
-    one stage must agree, and the stages must be 0, 1, … without a gap. A lone file gives the stages that it has.
+    one stage must agree. The stages must be 0, 1, … without a gap; only the lone file of one stage may be of any.
 
     Raises WeightsError for what is unsound, for uneven cuts, for group-info files, for files that disagree.
     """
@@ -208,14 +208,8 @@ def read_strategies(path: Path) -> dict[int, Strategy]:
                 raise WeightsError(
                     f"{other} and {file} cut stage {stage} differently (first {name}): keep the files of one run."
                 )
-    if sorted(found) != list(range(len(found))):
-        missing = next(stage for stage in range(len(found)) if stage not in found)
-        raise WeightsError(
-            f"{path} has strategies of the stages {_counted(sorted(found))} and none of stage {missing}: "
-            "add the file of a rank of that stage."
-        )
     result = {stage: found[stage][1] for stage in sorted(found)}
-    _check_equal_ranks(path, result)
+    _check_stages(path, result)
     return result
 
 
@@ -286,7 +280,7 @@ def _read_file(path: Path, data: bytes) -> dict[int, Strategy]:
         result = {stage: _stage(stage, by_stage[stage]) for stage in sorted(by_stage)}
     except ValueError as error:
         raise WeightsError(f"{path} cannot be read as a strategy file ({error}): {_DAMAGED}.") from None
-    _check_equal_ranks(path, result)
+    _check_stages(path, result)
     return result
 
 
@@ -427,19 +421,18 @@ def _are_ints(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(map(_is_int, value))
 
 
-def _check_equal_ranks(path: Path, strategies: Mapping[int, Strategy]) -> None:
-    sizes = {stage: strategy.num_ranks for stage, strategy in strategies.items()}
-    first = min(sizes)
-    for stage, size in sizes.items():
-        if size != sizes[first]:
+def _check_stages(path: Path, strategies: Mapping[int, Strategy]) -> None:
+    for stage in range(len(strategies)):
+        if stage not in strategies:
             raise WeightsError(
-                f"{path} has {sizes[first]} ranks in stage {first} and {size} in stage {stage}: "
-                "keep the files of one run."
+                f"{path} has strategies of stages up to {max(strategies)}, and none of stage {stage}: "
+                "add the file of a rank of that stage."
             )
-
-
-def _counted(stages: list[int]) -> str:
-    return ", ".join(map(str, stages[:8])) + (", …" if len(stages) > 8 else "")
+        first, size = strategies[0].num_ranks, strategies[stage].num_ranks
+        if first != size:
+            raise WeightsError(
+                f"{path} has {first} ranks in stage 0 and {size} in stage {stage}: keep the files of one run."
+            )
 
 
 def _listed(tensor_map: tuple[Shape, ...]) -> str:

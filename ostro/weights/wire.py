@@ -35,8 +35,7 @@ def fields(data: Buffer, start: int, stop: int) -> Iterator[Field]:
         begin = at
         key, at = _read_varint(data, at, stop)
         number, wire = key >> 3, key & 7
-        value = 0
-        after = at
+        value, after = 0, at
         if wire == VARINT:
             value, after = _read_varint(data, at, stop)
         elif wire == BYTES:
@@ -49,9 +48,7 @@ def fields(data: Buffer, start: int, stop: int) -> Iterator[Field]:
         if not number:
             raise ValueError(f"byte {begin} starts a field with the number 0")
         if after > stop:
-            raise ValueError(
-                f"byte {begin} starts a field whose {after - at} bytes of content end {after - stop} too late"
-            )
+            raise ValueError(f"byte {begin} starts a field whose {after - at} bytes end {after - stop} too late")
         yield Field(number, wire, value, at, after)
         at = after
 
@@ -118,5 +115,5 @@ def _read_varint(data: Buffer, at: int, stop: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value & _MASK, at
+            return value, at
     raise ValueError(f"byte {at} is where a number goes on beyond its ten bytes")

@@ -254,7 +254,7 @@ def test_folders_that_are_not_one_run(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be read"):
         read_strategies(tmp_path / "absent.ckpt")
     write_strategy(tmp_path / "a.ckpt", STAGES[1], 2)
-    with pytest.raises(WeightsError, match="has strategies of the stages 1 and none of stage 0"):
+    with pytest.raises(WeightsError, match="has strategies of stages up to 1, and none of stage 0"):
         read_strategies(tmp_path)
     write_strategy(tmp_path / "b.ckpt", Strategy(0, {"w": TensorLayout((4,), ((),), 0, 0)}), 2)
     with pytest.raises(WeightsError, match="has 4 ranks in stage 0 and 8 in stage 1"):
@@ -322,7 +322,7 @@ DAMAGED = {
         "is a group-info file or a checkpoint of tensors, and neither has",
     ),
     "a checkpoint": (field(1, field(1, b"w") + field(2, b"")), "is a group-info file or a checkpoint"),
-    "truncated": (strategy_of(DEV + MAP + NUMBERS)[:-1], r"content end 1 too late"),
+    "truncated": (strategy_of(DEV + MAP + NUMBERS)[:-1], r"bytes end 1 too late"),
     "no dev_matrix": (strategy_of(MAP + NUMBERS), LACKS),
     "two of them": (strategy_of(DEV + DEV + MAP + NUMBERS), LACKS),
     "no tensor_map": (strategy_of(DEV + NUMBERS), LACKS),
@@ -352,6 +352,10 @@ DAMAGED = {
     "ranks that differ": (
         item(DEV + MAP + NUMBERS, b"0-w") + item(field(1, b"\x08\x02") + MAP + NUMBERS, b"1-w"),
         "has 8 ranks in stage 0 and 2 in stage 1",
+    ),
+    "a stage that is missing": (
+        item(DEV + MAP + NUMBERS, b"1-w"),
+        "has strategies of stages up to 1, and none of stage 0",
     ),
     "ranks that differ within a stage": (
         strategy_of(DEV + MAP + NUMBERS) + item(field(1, b"\x08\x02") + MAP + NUMBERS, b"v"),
