@@ -175,33 +175,96 @@ def evaluate(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint of any format, or a run directory.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="hf or dcp.")] = "hf",
+    source: Annotated[str, typer.Argument(help="A checkpoint of any format, rank folders, or a run directory.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, or a file ending in .ckpt or .gguf.")],
+    to: Annotated[str | None, typer.Option(help="hf, mistral, mindspore, mindspore-gmm, dcp or gguf.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="The source's format, where it is not seen.")] = None,
+    model: Annotated[str | None, typer.Option(help="A preset or a config.json, where sizes do not tell.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the source's unless given.")] = None,
+    keep_fp32: Annotated[bool, typer.Option("--keep-fp32", help="Norms and router in fp32 all the same.")] = False,
     tokenizer: TokenizerOption = None,
+    strategy: Annotated[Path | None, typer.Option(help="MindSpore's strategy files, where not beside.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which step; the newest whole one unless given.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Write for a cluster: dp=8,tp=1,ep=8,pp=2.")] = None,
+    host: Annotated[str | None, typer.Option(help="i/n: only what host i of n needs of the layout.")] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="MindSpore to MindSpore: keep its state.")] = False,
+    qkv_concat: Annotated[bool, typer.Option("--qkv-concat", help="MindSpore: q, k and v in one.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="GGUF: f32, bf16, f16, q8_0 or q4_0.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read back from the disk and compare every bit.")] = False,
 ) -> None:
-    """Write a checkpoint in another format."""
-    from ostro import weights
-    from ostro.serve.engine import tokenizer_beside, tokenizer_of, torch_dtype
+    """Write a checkpoint in another format; it appears whole or not at all."""
+    from ostro.conversion import Request
+    from ostro.conversion import convert as run_convert
 
-    reader = weights.open_reader(source)
-    words = tokenizer_of(source, tokenizer) if tokenizer else tokenizer_beside(source)
-    # From one Hugging Face folder to another its own files go along, unless another tokenizer is asked for.
-    settings = {"tokenizer": words.save} if words and to == "hf" and (tokenizer or reader.format != "hf") else {}
-    weights.convert(reader, target, to=to, dtype=torch_dtype(dtype) if dtype else None, **settings)
-    if words and to == "dcp":
-        words.save(target / "tokenizer")
-    typer.echo(f"wrote {target}" + ("" if words else ", without a tokenizer: there is none beside the source"))
+    run_convert(
+        Request(
+            source=source,
+            target=target,
+            to=to,
+            format=from_,
+            model=model,
+            strategy=strategy,
+            step=step,
+            dtype=dtype,
+            keep_fp32=keep_fp32,
+            tokenizer=tokenizer,
+            layout=layout,
+            host=host,
+            optimizer=optimizer,
+            qkv_concat=qkv_concat,
+            quantize=quantize,
+            verify=verify,
+        )
+    )
 
 
 @app.command()
-def verify(a: Model, b: Model) -> None:
+def inspect(
+    path: Model,
+    from_: Annotated[str | None, typer.Option("--from", help="Its format, where it is not seen.")] = None,
+    model: Annotated[str | None, typer.Option(help="A preset or a config.json, where sizes do not tell.")] = None,
+    strategy: Annotated[Path | None, typer.Option(help="MindSpore's strategy files, where not beside.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which step; the newest whole one unless given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not read the values: no NaN count, no checksums.")] = False,
+) -> None:
+    """Show what a checkpoint holds, by kind, and what is missing, extra or NaN; exit 5 if it is unsound."""
+    from ostro.errors import WeightsError
+    from ostro.inspection import hints_of, rendered
+    from ostro.inspection import inspect as run_inspect
+
+    found = run_inspect(Path(path), hints_of(from_, model, strategy, step), quick=quick)
+    typer.echo(rendered(found, quick=quick))
+    if found.faults:
+        raise WeightsError(" ".join(found.faults))
+
+
+@app.command()
+def download(
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    directory: Annotated[Path | None, typer.Argument(help="The folder to fill; ./NAME unless given.")] = None,
+    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
+    include: Annotated[list[str] | None, typer.Option(help="Fetch what this glob names; may be given again.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out what this glob names.")] = None,
+) -> None:
+    """Fetch a model from the Hugging Face hub, or go on with it; no other verb fetches anything."""
+    from ostro.weights.download import download as run_download
+
+    folder = run_download(repo, directory, revision=revision, include=include or (), exclude=exclude or ())
+    typer.echo(f"{folder} is whole and its checksums are right; next: ostro generate {folder} PROMPT")
+
+
+@app.command()
+def verify(
+    a: Model,
+    b: Model,
+    model: Annotated[str | None, typer.Option(help="A preset or a config.json, where sizes do not tell.")] = None,
+) -> None:
     """Compare two checkpoints tensor by tensor, then their logits on a fixed input; exit 5 if they differ."""
     from ostro.errors import WeightsError
+    from ostro.inspection import hints_of
     from ostro.verify import verify as run_verify
 
-    result = run_verify(a, b)
+    result = run_verify(a, b, hints_of(None, model, None, None).model)
     for row in result.differences:
         typer.echo(
             f"{row.kind:<62} {row.num_tensors:>4}  "

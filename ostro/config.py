@@ -394,7 +394,7 @@ def model_config(value: Any) -> ModelConfig:
 
 
 def _named(name: str) -> ModelConfig:
-    file = Path(name) / "config.json"
+    file = Path(name) if name.endswith(".json") else Path(name) / "config.json"
     if not file.is_file():
         return preset(name)
     try:
@@ -402,7 +402,8 @@ def _named(name: str) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}.") from None
     try:
-        return ModelConfig.from_hf(fields)
+        is_bare = isinstance(fields, dict) and "model_type" not in fields  # sizes alone, in the same names
+        return ModelConfig.from_fields(fields) if is_bare else ModelConfig.from_hf(fields)
     except (ConfigError, AttributeError) as error:
         raise ConfigError(f"{file}: {error}") from None
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ostro.errors import LayoutError, nearest
+from ostro.model.settings import ModelConfig
 
 D = TypeVar("D")
 
@@ -63,7 +64,7 @@ class Degrees:
         """How many ranks share the shards of an expert."""
         return self.fsdp * self.cp * self.tp // (self.ep * self.etp)
 
-    def check(self, model: Mapping[str, Any]) -> None:
+    def check(self, model: ModelConfig) -> None:
         """Raise LayoutError for degrees that contradict each other or do not divide the model's sizes."""
         if self.etp not in (1, self.tp):
             raise LayoutError(f"etp={self.etp} must be 1 or tp={self.tp}.")
@@ -78,8 +79,9 @@ class Degrees:
             "pp": "num_hidden_layers",
             "etp": "intermediate_size",
         }
-        require_divides(dataclasses.asdict(self), {name: (setting, model[setting]) for name, setting in sizes.items()})
-        require_divides({"tp": self.tp}, {"tp": ("vocab_size", model["vocab_size"])})
+        named = {name: (setting, getattr(model, setting)) for name, setting in sizes.items()}
+        require_divides(dataclasses.asdict(self), named)
+        require_divides({"tp": self.tp}, {"tp": ("vocab_size", model.vocab_size)})
 
     def box(
         self, rank: int, dims: Sequence[str], shape: Sequence[int], stage: int | None

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from ostro.errors import DataError
 
+_PLAIN_SECONDS = 10.0  # between plain lines of a job measured in bytes
+
 
 def is_main_rank() -> bool:
     """Whether this process is the one that speaks and writes (torchrun's RANK, or the only one)."""
@@ -124,6 +126,35 @@ class Progress:
         """Leave the renewing line, so that something else can be printed below it."""
         if self.is_terminal and is_main_rank():
             print(flush=True)
+
+
+class ByteProgress:
+    """The progress line of a job that is measured in bytes: how much of how much, GB/s, time left."""
+
+    def __init__(self, total_bytes: int, verb: str) -> None:
+        self._total, self._verb = total_bytes, verb
+        self._is_terminal = sys.stdout.isatty()
+        self._start = time.monotonic()
+        self._shown = self._start if self._is_terminal else self._start + _PLAIN_SECONDS
+        self._is_open = False
+
+    def show(self, num_bytes: int) -> None:
+        """Show the bytes done so far, a few times a second on a terminal and seldom elsewhere."""
+        now = time.monotonic()
+        if now < self._shown or not is_main_rank():
+            return
+        rate = num_bytes / max(now - self._start, 1e-9)
+        left = _clock((self._total - num_bytes) / rate) if rate else "?"
+        text = f"{num_bytes / 1e9:.1f} of {self._total / 1e9:.1f} GB {self._verb}  {rate / 1e9:.2f} GB/s  {left} left"
+        self._shown = now + (0.2 if self._is_terminal else _PLAIN_SECONDS)
+        self._is_open = self._is_terminal
+        print(f"\r\x1b[2K{text}" if self._is_terminal else text, end="" if self._is_terminal else "\n", flush=True)
+
+    def close(self) -> None:
+        """Clear the renewing line."""
+        if self._is_open:
+            print("\r\x1b[2K", end="", flush=True)
+        self._is_open = False
 
 
 def _clock(seconds: float) -> str:

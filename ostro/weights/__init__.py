@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ostro.errors import ConfigError, WeightsError
-from ostro.weights import dcp, hf, mindspore, mistral
+from ostro.weights import dcp, gguf, hf, mindspore, mistral
+from ostro.weights.certify import certify, evict
 from ostro.weights.hf_config import tokenizer_folder
 from ostro.weights.store import (
     NO_HINTS,
@@ -36,6 +37,7 @@ from ostro.weights.stored import StoredReader
 __all__ = [
     "FORMATS",
     "CastReader",
+    "Converted",
     "Difference",
     "Format",
     "Hints",
@@ -50,6 +52,7 @@ __all__ = [
     "digest",
     "load_into",
     "open_reader",
+    "tokenizer_folder",
 ]
 
 
@@ -58,15 +61,15 @@ class Format:
     """A checkpoint format.
 
     `what` describes it in an error; `detect(path)` says whether a path looks like it; `open_reader(path, hints)`
-    opens one; `write(reader, path, …)` writes one, None where the format cannot be written. `hints` are those
-    it can use.
+    opens one; `write(reader, path, …)` writes one and may return notes on it, None where the format cannot be
+    written. `hints` are those it can use beside the format's own name.
     """
 
     name: str
     what: str
     detect: Callable[[Path], bool]
     open_reader: Callable[..., Reader]
-    write: Callable[..., None] | None
+    write: Callable[..., Sequence[str] | None] | None
     hints: tuple[str, ...] = ()
 
 
@@ -78,7 +81,7 @@ FORMATS = {
         mindspore.detect,
         mindspore.open_reader,
         mindspore.write,
-        ("format", "model", "strategy", "step"),
+        ("model", "strategy", "step"),
     ),
     # Told from the one above when its tensors are seen.
     "mindspore-gmm": Format(
@@ -87,9 +90,10 @@ FORMATS = {
         lambda path: False,
         mindspore.open_reader,
         functools.partial(mindspore.write, is_gmm=True),
-        ("format", "model", "strategy", "step"),
+        ("model", "strategy", "step"),
     ),
-    "mistral": Format("mistral", mistral.WHAT, mistral.detect, mistral.open_reader, mistral.write, ("format", "model")),
+    "mistral": Format("mistral", mistral.WHAT, mistral.detect, mistral.open_reader, mistral.write, ("model",)),
+    "gguf": Format("gguf", gguf.WHAT, gguf.detect, gguf.open_reader, gguf.write),
     # Last: a folder of any other format may have a config.json too.
     "hf": Format("hf", hf.WHAT, hf.detect, hf.open_reader, hf.write, ("model",)),
     # Not a path: opened as open_reader(model, seed).
@@ -118,7 +122,7 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
     try:
         format = FORMATS[hints.format or detect(path)]
         for field in dataclasses.fields(hints):
-            if getattr(hints, field.name) is not None and field.name not in format.hints:
+            if getattr(hints, field.name) is not None and field.name not in ("format", *format.hints):
                 raise ConfigError(
                     f"--{field.name} says nothing about {path}, which is of format {format.name}: leave it out."
                 )
@@ -130,6 +134,15 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
     return reader
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What there is to say about a checkpoint that was written: `notes` for its user, and the sha256 of its tensors'
+    bytes if they were read back."""
+
+    notes: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
 def convert(
     src: str | Path | Reader,
     dst: str | Path,
@@ -137,14 +150,17 @@ def convert(
     to: str,
     dtype: torch.dtype | None = None,
     keep_fp32: bool = False,
+    verify: bool = False,
     **settings: Any,
-) -> None:
-    """Write the checkpoint `src` (a path, or a reader) as format `to` into the new folder `dst`.
+) -> Converted:
+    """Write the checkpoint `src` (a path, or a reader) as format `to` to the new path `dst`.
 
     `dtype` None keeps each tensor's own; `keep_fp32` leaves norms and router in fp32 whatever it is. `settings` are
     those of the format's `write`. The tokenizer files of a Hugging Face folder come along into another unless
-    `tokenizer` says otherwise.
+    `tokenizer` says otherwise. With `verify` both sides are read once more and compared bit for bit, the target from
+    the disk; what MindSpore's ranks hold twice is compared too. Nothing stays of a conversion that fails.
     """
+    dst = Path(dst)
     writable = [name for name, format in FORMATS.items() if format.write]
     write = FORMATS[to].write if to in FORMATS else None
     if write is None:
@@ -154,4 +170,17 @@ def convert(
         settings.setdefault("tokenizer", tokenizer_folder(reader.path))
     if dtype is not None:
         reader = CastReader(reader, dtype, keep_fp32=keep_fp32)
-    write(reader, Path(dst), **settings)
+    notes = tuple(write(reader, dst, **settings) or ())
+    return Converted(notes, _proof(reader, dst, to, settings) if verify else None)
+
+
+def _proof(meant: Reader, dst: Path, to: str, settings: dict[str, Any]) -> str:
+    """Return the digest of what was written, having compared it; what fails stays, for whoever looks into it."""
+    evict(dst)
+    hints = Hints(format=to, model=meant.model if "model" in FORMATS[to].hints else None)
+    written = open_reader(dst, hints)
+    if isinstance(written, StoredReader):
+        written.certify()
+    if to == "gguf":
+        meant = gguf.as_stored(meant, settings.get("quantization"))
+    return certify(meant, written)

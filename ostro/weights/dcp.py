@@ -219,7 +219,7 @@ def write(
     state: dict[str, Any] = {"model": reader.model.as_fields()}
     wanted = None
     if degrees is not None:
-        degrees.check(reader.model.as_fields())
+        degrees.check(reader.model)
         index, num_hosts = host or (0, 1)
         wanted = host_ranks(degrees.num_ranks, index, num_hosts)
         state["layout"] = dataclasses.asdict(degrees)

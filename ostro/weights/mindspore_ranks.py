@@ -59,12 +59,10 @@ class UnifiedFile:
         opened: dict[str, SafetensorsFile] = {}
         for name, part in map.items() if isinstance(map, dict) else ():
             if not isinstance(part, str) or Path(part).name != part:
-                raise WeightsError(f"{path} has {part!r} for the file of {name}: join the ranks' files again.")
+                raise WeightsError(f"{path} has {part!r} for the file of {name}: join the files again.")
             file = opened.get(part) or opened.setdefault(part, SafetensorsFile(path.parent / part))
             if name not in file.infos:
-                raise WeightsError(
-                    f"{path} says that {name} is in {part}, which lacks it: join the ranks' files again."
-                )
+                raise WeightsError(f"{path} says that {name} is in {part}, which lacks it: join the files again.")
             self._add(name, file)
         if (path.parent / _UNMAPPED).is_file():
             rest = SafetensorsFile(path.parent / _UNMAPPED)
@@ -281,9 +279,10 @@ def _choose(
                 raise WeightsError(f"ranks {_listed(without)} have no file of it")
             files: dict[int, TensorFile] = {rank: open_file(files[step]) for rank, files in held.items()}
         except WeightsError as error:
+            reason = str(error).rstrip(".")
             if len(wanted) == 1:
-                raise WeightsError(f"{folder}: step {_word(step)} is not whole on all ranks: {error}") from error
-            notes.append(f"step {_word(step)} is passed over: {error}")
+                raise WeightsError(f"{folder}: step {_word(step)} is not whole on all ranks: {reason}.") from error
+            notes.append(f"step {_word(step)} is passed over: {reason}")
             continue
         return files, ([f"step {_word(step)}"] if step != _NO_STEP else []) + notes
     raise WeightsError(f"{folder} holds no step that is whole on all ranks: {'; '.join(notes)}.")

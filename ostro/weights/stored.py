@@ -161,6 +161,44 @@ class StoredReader:
         shapes = {name: info.shape for name, info in held.items()}
         match_shapes(str(self.path), shapes, self.wanted(), self._advice)
 
+    def faults(self) -> list[str]:
+        """Return what `check` would raise, and beyond its first word: a sentence for each way of being unfit."""
+        try:
+            match_depth(str(self.path), self.held(), self.model, self._layers)
+            self._match_experts(self.held())
+        except WeightsError as error:
+            return [str(error)]
+        wanted, held = self.wanted(), self.held()
+        if self.model.tie_word_embeddings:
+            held.pop(self._source(layout.Parameter(layout.HEAD.name, (), layout.HEAD, None), ()).name, None)
+        groups = {
+            "missing": [name for name in wanted if name not in held],
+            "not the model's": [name for name in held if name not in wanted],
+            "of another shape": [name for name in held if name in wanted and held[name].shape != wanted[name]],
+        }
+        faults = [
+            f"{len(names)} of {len(wanted)} tensors are {word}: {', '.join(names[:4])}{'.' if len(names) < 5 else ', …'}"
+            for word, names in groups.items()
+            if names
+        ]
+        try:
+            self.check()
+        except WeightsError as error:
+            return faults or [str(error)]
+        return faults
+
+    def sound(self) -> Iterator[layout.Parameter]:
+        """Yield the parameters that are there whole, with their shapes."""
+        held = self.held()
+        for parameter in self._table.values():
+            infos = [(held.get(source.name), source.shape) for source in self._sources(parameter)]
+            if all(info is not None and info.shape == shape for info, shape in infos):
+                yield parameter
+
+    def info(self, parameter: layout.Parameter) -> TensorInfo:
+        """Return shape and dtype of a parameter that is there."""
+        return TensorInfo(parameter.shape, self._dtype(parameter))
+
     def certify(self) -> None:
         """Read what proves the files sound beyond the tensors (checksums, the copies on other ranks): WeightsError if
         it does not agree."""

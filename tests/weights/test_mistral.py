@@ -46,15 +46,8 @@ TENSORS = {
             "attention.wo.weight": (16, 16),
             "ffn_norm.weight": (16,),
             "feed_forward.gate.weight": (3, 16),
-            "feed_forward.experts.0.w1.weight": (10, 16),
-            "feed_forward.experts.0.w3.weight": (10, 16),
-            "feed_forward.experts.1.w1.weight": (10, 16),
-            "feed_forward.experts.1.w3.weight": (10, 16),
-            "feed_forward.experts.2.w1.weight": (10, 16),
-            "feed_forward.experts.2.w3.weight": (10, 16),
-            "feed_forward.experts.0.w2.weight": (16, 10),
-            "feed_forward.experts.1.w2.weight": (16, 10),
-            "feed_forward.experts.2.w2.weight": (16, 10),
+            **{f"feed_forward.experts.{e}.{w}.weight": (10, 16) for e in (0, 1, 2) for w in ("w1", "w3")},
+            **{f"feed_forward.experts.{e}.w2.weight": (16, 10) for e in (0, 1, 2)},
         }.items()
     },
     "norm.weight": (16,),
@@ -213,9 +206,12 @@ def test_the_pieces_of_a_folder_of_mistrals_own(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "hf" / "tokenizer.model", source / "tokenizer.model.v3")
     mistral.write(random(), tmp_path / "x", tokenizer=source)
     assert sorted(f.name for f in (tmp_path / "x").iterdir()) == [SINGLE, "params.json", "tokenizer.model.v3"]
+    shutil.copy(tmp_path / "hf" / "tokenizer.model", source)  # a second one, as 8x22B's folder has
+    mistral.write(random(), tmp_path / "y", tokenizer=source)
+    assert sorted(f.name for f in (tmp_path / "y").iterdir()) == [SINGLE, "params.json", "tokenizer.model.v3"]
     with pytest.raises(WeightsError, match="holds no tokenizer file"):
-        mistral.write(random(), tmp_path / "y", tokenizer=tmp_path)
-    assert not (tmp_path / "y").exists()
+        mistral.write(random(), tmp_path / "z", tokenizer=tmp_path)
+    assert not (tmp_path / "z").exists()
 
 
 # What is read
@@ -341,6 +337,11 @@ RELEASED = {  # as Mixtral 8x7B and 8x22B came: no rope_theta, no length
     "vocab_size": 32000,
     "moe": {"num_experts_per_tok": 2, "num_experts": 8},
 }
+FIRST = {  # as the conversion script of transformers reads them
+    **{name: getattr(ModelConfig(), name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+    **{name: getattr(ModelConfig(), name) for name in ("num_key_value_heads", "intermediate_size", "rms_norm_eps")},
+    **{"vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": "4096"},
+}
 LARGE = RELEASED | {"dim": 6144, "n_layers": 56, "hidden_dim": 16384, "n_heads": 48}
 
 
@@ -359,22 +360,7 @@ LARGE = RELEASED | {"dim": 6144, "n_layers": 56, "hidden_dim": 16384, "n_heads":
         (RELEASED | {"sliding_window": [None, None]}, ModelConfig()),
         (RELEASED | {"tied_embeddings": True}, ModelConfig(tie_word_embeddings=True)),
         ({k: v for k, v in RELEASED.items() if k != "n_kv_heads"}, ModelConfig(num_key_value_heads=32)),
-        (
-            {
-                "hidden_size": 4096,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "intermediate_size": 14336,
-                "rms_norm_eps": 1e-5,
-                "vocab_size": 32000,
-                "num_local_experts": 8,
-                "num_experts_per_tok": 2,
-                "rope_theta": 1e6,
-                "sliding_window": "4096",
-            },
-            ModelConfig(sliding_window=4096),
-        ),
+        (FIRST, ModelConfig(sliding_window=4096)),
     ],
 )
 def test_params_that_are_read(tmp_path: Path, params: dict[str, Any], expected: ModelConfig) -> None:

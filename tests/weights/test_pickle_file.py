@@ -48,6 +48,7 @@ def archive(pickled: bytes, **records: bytes) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         file.writestr("x/data.pkl", pickled)
+        file.writestr("x/version", b"3\n")
         for name, content in records.items():
             file.writestr(f"x/{name.replace('_', '/')}", content)
     return out.getvalue()
@@ -237,6 +238,21 @@ def test_what_torch_no_longer_writes(tmp_path: Path) -> None:
         for name in file.namelist():
             squeezed.writestr(name, file.read(name))
     assert "is a compressed or encrypted archive" in refusal(tmp_path / "y.pt")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1  # the flag of the first entry in the directory
+    path.write_bytes(data)
+    assert "is a compressed or encrypted archive" in refusal(path)
+
+
+def test_a_directory_that_points_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    data = bytearray(archive(pickle_of(saved({"a": torch.ones(2)})), data_0=bytes(8)))
+    end = data.index(b"PK\5\6")
+    (offset,) = struct.unpack_from("<I", data, end + 16)
+    for more in (1, 64, 1 << 20, 1 << 31):
+        struct.pack_into("<I", data, end + 16, (offset + more) % (1 << 32))
+        path.write_bytes(data)
+        assert "is not an archive as PyTorch writes it since 1.6" in refusal(path)
 
 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
@@ -253,11 +269,13 @@ def test_archives_without_what_belongs_in_them(tmp_path: Path) -> None:
     pickled = pickle_of(saved({"a": torch.ones(2)}))
     values = struct.pack("2f", 1, 1)
     path.write_bytes(archive(pickled, data_0=values))
-    assert PickleFile(path).tensor("a").tolist() == [1, 1]
+    assert PickleFile(path).tensor("a").tolist() == torch.load(path)["a"].tolist() == [1, 1]
     path.write_bytes(archive(pickled, data_0=values, byteorder=b"big"))
     assert "its values are not in this machine's byte order, little-endian" in refusal(path)
     path.write_bytes(archive(pickled, data_0=values, **{"constants.pkl": b""}))
     assert "it is a TorchScript program" in refusal(path)
+    path.write_bytes(archive(pickled, data_0=values, data_1=values).replace(b"data/1", b"data/0"))
+    assert "is not an archive as PyTorch writes it since 1.6 (two of its records have one name)" in refusal(path)
     path.write_bytes(archive(pickled))
     assert "puts a into a storage of 8 bytes, its archive has none of it: the file is damaged" in refusal(path)
     for content in (values[:4], values * 2):
