@@ -11,7 +11,7 @@ READY := .venv/.ready
 # Files that start with an underscore are shared by benchmarks; those that end in _gpu need one.
 BENCHMARKS := $(sort $(filter-out %_gpu.py benchmarks/_%,$(wildcard benchmarks/*.py)))
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench interop clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -45,6 +45,14 @@ check: $(READY) ## ruff, its formatter, pyright
 
 bench: $(READY) ## every benchmark that needs no GPU (BENCH_FLAGS= for the long runs)
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(BENCH_FLAGS) || exit 1; done
+
+interop: $(READY) ## MindSpore and llama.cpp load what Ostro writes and the other way round (3 GB of packages, minutes)
+	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install -q 'mindspore==2.10.0' 'numpy==1.26.4'
+	@test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install -q 'llama-cpp-python==0.3.36'
+	$(BIN)/python tests/interop/mindspore.py --mindspore-python .venv-interop/bin/python
+	$(BIN)/python tests/interop/llama.py --llama-python .venv-llama/bin/python
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf dist .pytest_cache .ruff_cache .hypothesis

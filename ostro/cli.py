@@ -214,7 +214,8 @@ def convert(
             qkv_concat=qkv_concat,
             quantize=quantize,
             verify=verify,
-        )
+        ),
+        typer.echo,
     )
 
 

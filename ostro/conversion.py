@@ -17,9 +17,10 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.degrees import Degrees, host_ranks, parse
 from ostro.errors import ConfigError, Error, nearest
 from ostro.inspection import described, hints_of
+from ostro.log import size
 from ostro.model.settings import ModelConfig
 from ostro.serve.engine import tokenizer_beside, torch_dtype
-from ostro.weights import Reader, Where
+from ostro.weights import CastReader, Reader, Where
 from ostro.weights.mindspore_layout import MindSporeDegrees
 
 _SUFFIXES = {".ckpt": "mindspore", ".gguf": "gguf"}
@@ -61,7 +62,7 @@ class Request:
     verify: bool = False
 
 
-def convert(asked: Request, say: Callable[[str], None] = log.say) -> None:
+def convert(asked: Request, say: Callable[[str], None]) -> None:
     """Convert, saying what the source is, what was chosen, what was written and how it was proved.
 
     Raises ConfigError for options that do not go together, WeightsError and OutOfMemory as the formats do: the target
@@ -74,27 +75,22 @@ def convert(asked: Request, say: Callable[[str], None] = log.say) -> None:
     for note in reader.notes:
         say(f"  {note}")
     words = _tokenizer(asked, reader.model)
-    watched = _Watched(reader, "converted")
     settings = _settings(asked, to, reader, words)
+    if asked.dtype:
+        reader = CastReader(reader, torch_dtype(asked.dtype), keep_fp32=asked.keep_fp32)
+    watched = _Watched(reader)
     start = time.perf_counter()
-    with _interruptible(watched, asked.target):
-        made = weights.convert(
-            watched,
-            asked.target,
-            to=to,
-            dtype=torch_dtype(asked.dtype) if asked.dtype else None,
-            keep_fp32=asked.keep_fp32,
-            verify=asked.verify,
-            **settings,
-        )
+    with _interruptible(watched, asked.target, say):
+        made = weights.convert(watched, asked.target, to=to, **settings)
     seconds = time.perf_counter() - start
-    say(f"wrote {asked.target} as {to}, {watched.num_bytes / 1e9:.2f} GB of tensors in {seconds:.1f} s")
+    say(f"wrote {asked.target} as {to}, {size(watched.num_bytes)} of tensors in {seconds:.1f} s")
     if words is None and not asked.target.is_file():
         say("  without a tokenizer: none that fits lies beside the source; name one with --tokenizer")
     for note in made.notes:
         say(f"  {note}")
-    if made.sha256:
-        say(f"  read back and compared: every bit is as meant, sha256 of all tensors {made.sha256}")
+    if asked.verify:
+        sha256 = weights.prove(reader, asked.target, to, **settings)
+        say(f"  read back and compared: every bit is as meant, sha256 of all tensors {sha256}")
 
 
 def _require_fitting(asked: Request, to: str) -> None:
@@ -168,13 +164,13 @@ def _tokenizer(asked: Request, model: ModelConfig) -> Tokenizer | Path | None:
 class _Watched:
     """A reader that shows how far it was read."""
 
-    def __init__(self, source: Reader, verb: str) -> None:
+    def __init__(self, source: Reader) -> None:
         self.format, self.model, self.notes = source.format, source.model, source.notes
         self.num_bytes, self.name = 0, ""
         self._source = source
         self._infos = source.names()
         self._total = sum(info.num_bytes for info in self._infos.values())
-        self._line = log.ByteProgress(self._total, verb)
+        self._line = log.ByteProgress(self._total, "converted")
 
     def names(self) -> Any:
         """Return the source's tensors."""
@@ -191,7 +187,7 @@ class _Watched:
     @property
     def so_far(self) -> str:
         """Where it is, for an error."""
-        return f"it stopped at {self.name}, after {self.num_bytes / 1e9:.2f} of {self._total / 1e9:.2f} GB"
+        return f"it stopped at {self.name}, after {size(self.num_bytes)} of {size(self._total)}"
 
     def close(self) -> None:
         """Leave the line."""
@@ -199,7 +195,7 @@ class _Watched:
 
 
 @contextmanager
-def _interruptible(watched: _Watched, target: Path) -> Iterator[None]:
+def _interruptible(watched: _Watched, target: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Say where a conversion stopped, and let SIGTERM end it as an interrupt does: with nothing left behind."""
 
     def interrupt(*_: object) -> None:
@@ -210,7 +206,7 @@ def _interruptible(watched: _Watched, target: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         watched.close()
-        log.say(f"{watched.so_far}; {target} was not touched.")
+        say(f"{watched.so_far}; {target} was not touched.")
         raise
     except Error as error:
         watched.close()

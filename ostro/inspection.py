@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ostro import config, weights
 from ostro.errors import ConfigError, WeightsError, nearest
+from ostro.log import size
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
 from ostro.weights import Hints, Reader, TensorInfo
@@ -80,7 +81,7 @@ def described(reader: Reader) -> str:
     infos = reader.names().values()
     words = " and ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
     num_bytes = sum(info.num_bytes for info in infos)
-    return f"{reader.format}, {layout.num_parameters(reader.model):,} parameters in {words}, {num_bytes / 1e9:.2f} GB"
+    return f"{reader.format}, {layout.num_parameters(reader.model):,} parameters in {words}, {size(num_bytes)}"
 
 
 def inspect(path: Path, hints: Hints, *, quick: bool = False) -> Inspection:
@@ -100,7 +101,7 @@ def inspect(path: Path, hints: Hints, *, quick: bool = False) -> Inspection:
     rows = _kinds(reader)
     if not quick:
         faults += _values(reader, rows)
-    found = sorted({*_paths(reader)})
+    found = sorted({*_paths(reader)}, key=_natural)
     files = tuple((file, file.stat().st_size) for file in found)
     summary = described(reader) if not faults or _is_complete(reader) else f"{reader.format}, not whole"
     return Inspection(summary, tuple(reader.notes), reader.model, tuple(rows.values()), others, files, tuple(faults))
@@ -164,6 +165,11 @@ def _paths(reader: Reader) -> Iterable[Path]:
             yield from (file for file in path.rglob("*") if file.is_file() and file.suffix in _SUFFIXES)
 
 
+def _natural(path: Path) -> list[str]:
+    """Return a key that sorts rank_10 behind rank_9."""
+    return [part.zfill(12) for part in re.split(r"(\d+)", str(path))]
+
+
 _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".distcp")
 
 
@@ -171,9 +177,9 @@ def _unopened(files: list[TensorFile], fault: str) -> Inspection:
     held: dict[str, TensorFile] = {}
     for file in files:
         held |= dict.fromkeys(file.infos, file)
-    sizes = tuple((file.path, file.path.stat().st_size) for file in files)
+    listed = tuple((file.path, file.path.stat().st_size) for file in files)
     summary = f"{len(files)} {'file' if len(files) == 1 else 'files'} of tensors that could not be opened as a model"
-    return Inspection(summary, others=_patterns(held), files=sizes, faults=(fault,))
+    return Inspection(summary, others=_patterns(held), files=listed, faults=(fault,))
 
 
 def _patterns(files: Mapping[str, TensorFile]) -> tuple[Row, ...]:
@@ -181,7 +187,7 @@ def _patterns(files: Mapping[str, TensorFile]) -> tuple[Row, ...]:
     rows: dict[str, Row] = {}
     for name, file in files.items():
         info = file.infos[name]
-        pattern = re.sub(r"\d+", "N", name) if "." in name else name
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
         rows.setdefault(pattern, Row(pattern, info.shape)).add(info)
     return tuple(rows.values())
 
@@ -210,20 +216,22 @@ def rendered(found: Inspection, *, quick: bool) -> str:
         fields = {k: v for k, v in found.model.as_fields().items() if v is not None}
         lines.append("  " + "  ".join(f"{name}={value}" for name, value in fields.items()))
     for title, rows in (("", found.rows), ("beside the model:", found.others)):
-        if rows and title:
+        if rows and title and found.model is not None:
             lines.append(title)
         width = max((len(row.name) for row in rows), default=0)
         for row in rows:
             shape = "×".join(map(str, row.shape)) or "scalar"
             text = f"  {row.name:<{width}}  {row.num_tensors:>4} × {shape:<18} {'/'.join(sorted(row.dtypes)):<9}"
-            text += f" {row.num_bytes / 1e6:>12,.2f} MB"
+            text += f" {size(row.num_bytes):>9}"
             if rows is found.rows and not quick:
                 text += f"  largest {row.largest:.3g}"
                 text += f"  {row.num_nan} NaN, {row.num_infinite} infinite" if row.num_nan + row.num_infinite else ""
             lines.append(text)
-    total = sum(size for _, size in found.files)
-    lines.append(f"{len(found.files)} {'file' if len(found.files) == 1 else 'files'}, {total / 1e9:.2f} GB")
-    lines += [f"  {file.name}  {size / 1e6:,.2f} MB" for file, size in found.files[:_FILES_SHOWN]]
+    total = sum(num_bytes for _, num_bytes in found.files)
+    lines.append(f"{len(found.files)} {'file' if len(found.files) == 1 else 'files'}, {size(total)}")
+    around = {file.parent for file, _ in found.files}
+    for file, num_bytes in found.files[:_FILES_SHOWN]:
+        lines.append(f"  {file.name if len(around) == 1 else f'{file.parent.name}/{file.name}'}  {size(num_bytes)}")
     if len(found.files) > _FILES_SHOWN:
         lines.append(f"  … and {len(found.files) - _FILES_SHOWN} more")
     return "\n".join(lines)

@@ -33,6 +33,14 @@ def say(text: str, style: str = "") -> None:
         rich.print(Text(text, style), flush=True)
 
 
+def size(num_bytes: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    for word, unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {word}"
+    return f"{num_bytes:.0f} B"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all: beside its place, then renamed."""
     beside = path.with_name(path.name + ".partial")
@@ -145,7 +153,7 @@ class ByteProgress:
             return
         rate = num_bytes / max(now - self._start, 1e-9)
         left = _clock((self._total - num_bytes) / rate) if rate else "?"
-        text = f"{num_bytes / 1e9:.1f} of {self._total / 1e9:.1f} GB {self._verb}  {rate / 1e9:.2f} GB/s  {left} left"
+        text = f"{size(num_bytes)} of {size(self._total)} {self._verb}  {size(rate)}/s  {left} left"
         self._shown = now + (0.2 if self._is_terminal else _PLAIN_SECONDS)
         self._is_open = self._is_terminal
         print(f"\r\x1b[2K{text}" if self._is_terminal else text, end="" if self._is_terminal else "\n", flush=True)

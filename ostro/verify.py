@@ -35,11 +35,10 @@ class Verification:
 def verify(a: str | Path, b: str | Path, model: ModelConfig | None = None) -> Verification:
     """Compare the tensors of two checkpoints, then what they compute; other architectures raise WeightsError.
 
-    `model` is that of a checkpoint that does not say it. One layer is in memory at a time. Equal bits compute the same: their logits are not computed.
+    `model` is that of a checkpoint that does not say it. One layer is in memory at a time. Equal bits compute the
+    same: their logits are not computed.
     """
-    reader_a, reader_b = (
-        open_reader(path, Hints(model=model) if "model" in FORMATS[detect(path)].hints else NO_HINTS) for path in (a, b)
-    )
+    reader_a, reader_b = open_reader(a, _hints(a, model)), open_reader(b, _hints(b, model))
     found = Verification(compare(reader_a, reader_b), 0.0)
     if found.is_equal:
         return found
@@ -47,6 +46,10 @@ def verify(a: str | Path, b: str | Path, model: ModelConfig | None = None) -> Ve
     tokens_T = torch.randint(reader_a.model.vocab_size, (_NUM_TOKENS,), generator=generator)
     gap = (logits(reader_a, tokens_T) - logits(reader_b, tokens_T)).abs().max().item()
     return dataclasses.replace(found, logits=gap)
+
+
+def _hints(path: str | Path, model: ModelConfig | None) -> Hints:
+    return Hints(model=model) if "model" in FORMATS[detect(path)].hints else NO_HINTS
 
 
 @torch.inference_mode()

@@ -52,6 +52,7 @@ __all__ = [
     "digest",
     "load_into",
     "open_reader",
+    "prove",
     "tokenizer_folder",
 ]
 
@@ -171,11 +172,14 @@ def convert(
     if dtype is not None:
         reader = CastReader(reader, dtype, keep_fp32=keep_fp32)
     notes = tuple(write(reader, dst, **settings) or ())
-    return Converted(notes, _proof(reader, dst, to, settings) if verify else None)
+    return Converted(notes, prove(reader, dst, to, **settings) if verify else None)
 
 
-def _proof(meant: Reader, dst: Path, to: str, settings: dict[str, Any]) -> str:
-    """Return the digest of what was written, having compared it; what fails stays, for whoever looks into it."""
+def prove(meant: Reader, dst: Path, to: str, **settings: Any) -> str:
+    """Return the sha256 of the tensors at `dst`, having read them from the disk and compared every bit with `meant`.
+
+    Raises WeightsError for any difference; what was written stays, for whoever looks into it.
+    """
     evict(dst)
     hints = Hints(format=to, model=meant.model if "model" in FORMATS[to].hints else None)
     written = open_reader(dst, hints)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ostro.errors import Error, OutOfMemory, WeightsError
+from ostro.log import size
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,7 +33,7 @@ def written_beside(target: Path, *, needed_bytes: int, replace: bool = False, is
         free_bytes = shutil.disk_usage(target.parent).free
         if free_bytes < needed_bytes:
             raise OutOfMemory(
-                f"{target} needs {_size(needed_bytes)}, its disk has {_size(free_bytes)} free: "
+                f"{target} needs {size(needed_bytes)}, its disk has {size(free_bytes)} free: "
                 "free some space or choose another disk."
             )
         if not is_file:
@@ -105,7 +106,3 @@ def _rename(partial: Path, target: Path, replace: bool) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

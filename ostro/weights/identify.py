@@ -34,6 +34,14 @@ def identify(
     )
 
 
+def preset_of(model: ModelConfig) -> str | None:
+    """Return the preset that a model computes as, or None: whether its sizes alone will tell it."""
+    from ostro import config
+
+    same = (name for name in config.preset_names() if architecture_difference(config.preset(name), model) is None)
+    return next(same, None)
+
+
 def _fits(infos: Mapping[str, TensorInfo], model: ModelConfig, source: SourceOf, layers: str) -> bool:
     if depth(infos, layers) != model.num_hidden_layers:
         return False

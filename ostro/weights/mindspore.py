@@ -20,7 +20,7 @@ from ostro.weights import mindspore_ranks as ranks
 from ostro.weights.ckpt_file import CkptFile, write_ckpt
 from ostro.weights.folder import written_beside
 from ostro.weights.hf_config import SaveTokenizer, config_fields, read_config, read_json, save_tokenizer, write_json
-from ostro.weights.identify import identify
+from ostro.weights.identify import identify, preset_of
 from ostro.weights.mapped import TensorFile
 from ostro.weights.mindspore_layout import MindSporeDegrees, strategies
 from ostro.weights.reshard import Box
@@ -76,6 +76,7 @@ _SCALARS = (
     "last_overflow_iterator_step",
     "beta1_power",
     "beta2_power",
+    "state_step",
 )
 _EXPERT_LAYOUT = "expert_layout"  # our key in the config.json beside a checkpoint: square experts look alike
 
@@ -130,9 +131,10 @@ def _rows(model: ModelConfig, kind: layout.Kind) -> Order:
 
 def detect(path: Path) -> bool:
     """Whether `path` looks like this format, sound or not."""
-    if path.is_file():
-        return path.suffix == ".ckpt" or (path.suffix == ".safetensors" and _is_ours(path))
-    files = ranks.files_in(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        return path.suffix == ".ckpt"
+    folder = ranks.rank_folders(path)
+    files = [path] if folder is None and path.is_file() else ranks.files_in(folder or path)
     others = [file for file in files if file.suffix != ".ckpt"]
     return any(map(_is_ours, others)) if others else bool(files)
 
@@ -188,7 +190,7 @@ def write(
     host_ranks: Sequence[int] | None = None,
     optimizer: StoredReader | None = None,
     tokenizer: SaveTokenizer = None,
-) -> None:
+) -> Sequence[str]:
     """Write one file (`path` ends in .ckpt or .safetensors), a folder with one, or rank folders with strategy files.
 
     With `degrees` the folder is like MindFormers' output: checkpoint/rank_N and strategy, `host_ranks` are the ranks
@@ -213,7 +215,12 @@ def write(
     with written_beside(path, needed_bytes=num_bytes + (1 << 20), is_file=is_file) as target:
         if is_file:
             _write_file(target, path.suffix, _Content(tensors), scalars)
-            return
+            told = preset_of(reader.model) is not None
+            return (
+                ()
+                if told
+                else ("one file has no configuration, and no preset these sizes: keep the model's config.json",)
+            )
         fields = config_fields(reader.model, reader.names()[layout.EMBEDDING.name].dtype)
         write_json(target / "config.json", fields | {_EXPERT_LAYOUT: ORIENTATIONS[is_gmm]})
         save_tokenizer(tokenizer, target)
@@ -225,6 +232,7 @@ def write(
             for strategy in strategies(tensors, reader.model, degrees):
                 name = f"ckpt_strategy_rank_{strategy.stage * degrees.ranks_per_stage}.ckpt"
                 write_strategy(target / "strategy" / name, strategy, degrees.pp)
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)

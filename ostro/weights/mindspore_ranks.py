@@ -19,7 +19,17 @@ from ostro.weights.store import Hints, TensorInfo, Where, same_bits
 from ostro.weights.strategy import Strategy, TensorLayout, read_strategies
 
 SUFFIXES = (".ckpt", ".safetensors")
-OPTIMIZER_PREFIXES = ("adam_m.", "adam_v.", "moment1.", "moment2.")
+# AdamWeightDecay's, nn.Adam's, and those of the AdamW in mint.optim and mindspore.experimental.
+OPTIMIZER_PREFIXES = (
+    "adam_m.",
+    "adam_v.",
+    "moment1.",
+    "moment2.",
+    "vhat.",
+    "exp_avg.",
+    "exp_avg_sq.",
+    "max_exp_avg_sq.",
+)
 
 _RANK = re.compile(r"rank_(\d{1,6})")
 # {prefix}_rank_{r}-{epoch}_{step}; the prefix may hold dashes. In sink mode the epoch counts steps, the step is 1.

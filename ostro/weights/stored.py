@@ -177,7 +177,7 @@ class StoredReader:
             "of another shape": [name for name in held if name in wanted and held[name].shape != wanted[name]],
         }
         faults = [
-            f"{len(names)} of {len(wanted)} tensors are {word}: {', '.join(names[:4])}{'.' if len(names) < 5 else ', …'}"
+            f"{len(names)} of {len(wanted)} tensors are {word}: {', '.join(names[:4])}{', …' * (len(names) > 4)}"
             for word, names in groups.items()
             if names
         ]

@@ -59,6 +59,11 @@ LAYOUTS = (
 )
 RECUTS = (("dp=8,ep=8,pp=2,opt=2", "dp=4,tp=2,ep=2,opt=2"), ("tp=2", "dp=2,tp=2,ep=2,pp=2,opt=2,vocab=2"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMIZERS = {
+    "nn.AdamWeightDecay": ("adam_m.", "adam_v."),
+    "nn.Adam": ("moment1.", "moment2.", "vhat."),
+    "mint.optim.AdamW": ("exp_avg.", "exp_avg_sq."),
+}
 OUT, IN = "Ostro → MindSpore", "MindSpore → Ostro"
 
 Named = dict[str, Tensor]
@@ -277,34 +282,41 @@ def _saves(folder: Path, dtype: str, how: str, suffix: str, settings: dict[str, 
 
 
 def _optimizers(folder: Path) -> list[Case]:
-    source = _source("float32")
-    moments = _moments()
-    path = folder / "optimizer.ckpt"
-    sent = _send(_expected(source), folder / "optimizer-in.npz")
-    job = {"source": sent, "path": str(path), "dtype": "float32", "moments": _send(moments, folder / "moments.npz")}
-    gathered = _with_optimizer(folder / "training.ckpt")
-
-    def compare() -> str:
-        problem = _reads(path, source, folder / "optimizer-hf")
-        if problem:
-            return problem
-        reader = mindspore.open_reader(path, Hints(model=MODEL))
-        mindspore.write(reader, folder / "optimizer-gmm.ckpt", is_gmm=True, optimizer=reader)
-        held = _held(folder / "optimizer-gmm.ckpt")
-        scalars = {name: held.pop(name) for name in ("global_step", "learning_rate", "epoch_num", "loss_scale")}
-        if (scalars["epoch_num"].item(), scalars["loss_scale"].item()) != (3, 1024.0):
-            return f"the scalars are {scalars}"
-        return _differs(_expected(source, is_gmm=True) | _moments(is_gmm=True), held)
-
+    trained = _with_optimizer(folder / "training.ckpt")
     return [
-        Case("save_checkpoint of AdamWeightDecay, moments turned for gmm", IN, [("save_optimizer", job)], compare),
-        *(_merged(folder, text, "float32", gathered) for text in ("dp=8,ep=8,pp=2,opt=2", "dp=4,tp=2,ep=2,opt=2")),
+        *(_trained(folder, kind) for kind in OPTIMIZERS),
+        *(_merged(folder, text, "float32", trained) for text in ("dp=8,ep=8,pp=2,opt=2", "dp=4,tp=2,ep=2,opt=2")),
     ]
 
 
-def _moments(*, is_gmm: bool = False) -> Named:
-    found = {}
-    for seed, prefix in ((1, "adam_m."), (2, "adam_v.")):
+def _trained(folder: Path, kind: str) -> Case:
+    """Ostro turns the moments of what an optimizer of MindSpore's saved."""
+    source, prefixes = _source("float32"), OPTIMIZERS[kind]
+    stem = folder / f"optimizer-{kind.replace('.', '-')}"
+    path = stem.with_suffix(".ckpt")
+    sent = _send(_expected(source), stem.with_suffix(".weights.npz"))
+    moments = _send(_moments(prefixes), stem.with_suffix(".moments.npz"))
+    job = {"source": sent, "path": str(path), "dtype": "float32", "kind": kind, "moments": moments}
+
+    def compare() -> str:
+        problem = _reads(path, source, stem.with_suffix(".hf"))
+        if problem:
+            return problem
+        reader = mindspore.open_reader(path, Hints(model=MODEL))
+        mindspore.write(reader, stem.with_suffix(".gmm.ckpt"), is_gmm=True, optimizer=reader)
+        held, saved = _held(stem.with_suffix(".gmm.ckpt")), _held(path)
+        turned = _expected(source, is_gmm=True) | _moments(prefixes, is_gmm=True)
+        scalars = {name: saved[name] for name in saved if name not in turned}
+        if (scalars["epoch_num"].item(), scalars["loss_scale"].item()) != (3, 1024.0):
+            return f"the scalars are {scalars}"
+        return _differs(turned | scalars, held)
+
+    return Case(f"save_checkpoint of {kind}, moments turned for gmm", IN, [("save_optimizer", job)], compare)
+
+
+def _moments(prefixes: tuple[str, ...] = ("adam_m.", "adam_v."), *, is_gmm: bool = False) -> Named:
+    found: Named = {}
+    for seed, prefix in enumerate(prefixes, 1):
         found |= _expected(_source("float32", seed), is_gmm=is_gmm, prefix=prefix)
     return found
 

@@ -28,13 +28,21 @@ def save(source: str, path: str, dtype: str, **settings: Any) -> None:
         time.sleep(0.01)
 
 
-def save_optimizer(source: str, path: str, dtype: str, moments: str) -> None:
-    """Save an AdamWeightDecay over the weights, after putting values into its moments, as a training run would."""
+OPTIMIZERS = {
+    "nn.AdamWeightDecay": lambda weights: ms.nn.AdamWeightDecay(weights, learning_rate=1e-3),
+    "nn.Adam": lambda weights: ms.nn.Adam(weights, use_amsgrad=True),
+    "mint.optim.AdamW": lambda weights: ms.mint.optim.AdamW(weights, lr=1e-3),
+}
+
+
+def save_optimizer(source: str, path: str, dtype: str, kind: str, moments: str) -> None:
+    """Save an optimizer over the weights, after putting values into its moments, as a training run would."""
     weights = [ms.Parameter(item["data"], name=item["name"]) for item in _parameters(source, dtype)]
-    optimizer = ms.nn.AdamWeightDecay(weights, learning_rate=1e-3)
+    optimizer = OPTIMIZERS[kind](weights)
     held = np.load(moments)
-    for moment in (*optimizer.moments1, *optimizer.moments2):
-        moment.set_data(ms.Tensor(held[moment.name], moment.dtype))
+    by_name = {parameter.name: parameter for parameter in optimizer.get_parameters()}
+    for name in held.files:
+        by_name[name].set_data(ms.Tensor(held[name], by_name[name].dtype))
     ms.save_checkpoint(optimizer, path, append_dict={"epoch_num": 3, "loss_scale": 1024.0})
 
 

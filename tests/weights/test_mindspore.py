@@ -259,6 +259,25 @@ def test_the_optimizer_with_q_k_and_v_in_one(training: Path, tmp_path: Path) -> 
     assert equal(held(tmp_path / "y.ckpt"), held(training))
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "scalars"),
+    [
+        (("moment1.", "moment2.", "vhat."), ("global_step", "learning_rate", "beta1_power", "beta2_power")),
+        (("exp_avg.", "exp_avg_sq.", "max_exp_avg_sq."), ("state_step", "learning_rate_group_1")),
+    ],
+)
+def test_the_moments_of_other_optimizers(tmp_path: Path, prefixes: tuple[str, ...], scalars: tuple[str, ...]) -> None:
+    tensors = theirs(random())
+    for seed, prefix in enumerate(prefixes):
+        tensors |= theirs(random(seed=seed), prefix=prefix)
+    for index, name in enumerate(scalars):
+        tensors[name] = torch.full((1,) if name in ("global_step", "state_step") else (), index)
+    reader = opened(save(tmp_path / "x.ckpt", tensors), TINY)
+    assert digest(reader) == digest(random())
+    mindspore.write(reader, tmp_path / "y.ckpt", optimizer=reader)
+    assert equal(held(tmp_path / "y.ckpt"), tensors)
+
+
 def test_the_optimizer_stays_behind_unless_it_is_asked_for(training: Path, tmp_path: Path) -> None:
     reader = opened(training)
     mindspore.write(reader, tmp_path / "x.ckpt")

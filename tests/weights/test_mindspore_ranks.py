@@ -387,8 +387,9 @@ def test_safetensors_of_ranks_with_redundancy_removed(tmp_path: Path) -> None:
         save(file.with_suffix(".safetensors"), mine)
         file.unlink()
     assert list(held(rank_file(root, 7))) == ["epoch_num"]
-    assert detect(root) == "mindspore"
-    assert digest(opened(root)) == digest(random(CLUSTER))
+    for path in (root, root / "checkpoint", root / "checkpoint" / "rank_7", rank_file(root, 7)):
+        assert detect(path) == "mindspore"
+        assert digest(opened(path)) == digest(random(CLUSTER))
 
 
 def test_a_checksum_of_a_rank_is_looked_at(tmp_path: Path) -> None:

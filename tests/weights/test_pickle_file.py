@@ -264,7 +264,7 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
         assert "is not an archive as PyTorch writes it since 1.6" in refusal(tmp_path / "x.pt")
 
 
-def test_archives_without_what_belongs_in_them(tmp_path: Path) -> None:
+def test_archives_without_what_belongs_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.pt"
     pickled = pickle_of(saved({"a": torch.ones(2)}))
     values = struct.pack("2f", 1, 1)
@@ -286,6 +286,8 @@ def test_archives_without_what_belongs_in_them(tmp_path: Path) -> None:
     damaged = pickled.replace(b"cpu", b"gpu")
     path.write_bytes(archive(pickled, data_0=values).replace(pickled, damaged))
     assert "the checksum of its data.pkl is wrong" in refusal(path)
+    monkeypatch.setattr("ostro.weights.pickle_file._MAX_PICKLE_BYTES", len(pickled) - 1)
+    assert f"its data.pkl has {len(pickled)} bytes" in refusal(path)
 
 
 @pytest.mark.parametrize(
