@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -161,7 +162,7 @@ def _values_start(window: _Window, info: TensorInfo) -> int:
         pickled = entries["data.pkl"]
         if pickled.file_size > 1 << 16:
             raise ValueError("its description is too long for a tensor's")
-        found = _TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
+        found = _TensorUnpickler(_sane(archive.read(pickled))).load()
         values = entries[f"data/{found.key}"]
     stored = (found.dtype, found.shape, found.offset, order, values.compress_type, values.file_size)
     if stored != (info.dtype, info.shape, 0, b"little", zipfile.ZIP_STORED, info.num_bytes) or not found.is_contiguous:
@@ -172,6 +173,14 @@ def _values_start(window: _Window, info: TensorInfo) -> int:
     if signature != b"PK\3\4" or start + info.num_bytes > window.seek(0, 2):
         raise ValueError("its values lie outside of it")
     return start
+
+
+def _sane(data: bytes) -> io.BytesIO:
+    """Return a pickle to be loaded, unless it numbers its memo beyond its size: Python would allocate for that."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name and argument > len(data):
+            raise ValueError(f"memo {argument} in {len(data)} bytes")
+    return io.BytesIO(data)
 
 
 class _Described:
@@ -252,7 +261,7 @@ def read_metadata(folder: Path, *, is_partial: bool = False) -> Metadata:
     """Return DCP's metadata; WeightsError if it asks for any class but its own or does not fit the files."""
     path = folder / METADATA
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = _MetadataUnpickler(_sane(path.read_bytes())).load()
         _check_metadata(metadata, folder, is_partial)
     except WeightsError:
         raise

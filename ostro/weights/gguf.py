@@ -31,13 +31,14 @@ from ostro.weights.gguf_file import (
     Kind,
     Stored,
     Value,
+    dequantize,
     encode,
     package,
     write_file,
 )
 from ostro.weights.gguf_vocabulary import add_vocabulary, vocabulary_of
 from ostro.weights.hf_config import SaveTokenizer
-from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, Where
+from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, Where, cast
 from ostro.weights.stored import (
     AS_IT_IS,
     FileTensor,
@@ -75,6 +76,7 @@ _NAMES = {
     layout.HEAD: "output.weight",
 }
 _HALVES = ("blk.{layer}.ffn_gate_exps.weight", "blk.{layer}.ffn_up_exps.weight")
+_NARROW = (torch.bfloat16, torch.float16)
 _CHUNK_VALUES = 1 << 20  # encoded at a time: what fits into a cache is quantised twice as fast
 # ModelConfig's fields, and where they stand behind "llama.".
 _KEYS = {
@@ -171,7 +173,7 @@ def write(
     dtypes = {
         name: str(tensor.info.dtype).removeprefix("torch.")
         for name, tensor in tensors.items()
-        if stored[name].kind is F32 and tensor.info.dtype in (torch.bfloat16, torch.float16)
+        if stored[name].kind is F32 and tensor.info.dtype in _NARROW
     }
     file_type = asked or stored[_NAMES[layout.EMBEDDING]].kind
 
@@ -192,6 +194,44 @@ def write(
     with written_beside(path, needed_bytes=num_bytes + (1 << 24), is_file=is_file) as place:
         write_file(place if is_file else place / _SINGLE, _ARCHITECTURE, describe, stored, encoded)
     return tuple(notes)
+
+
+def as_stored(reader: Reader, quantization: str | None) -> Reader:
+    """Return the reader that a file written with this quantization opens as: what it loses is lost here too."""
+    return _AsStored(reader, _kind_named(quantization))
+
+
+class _AsStored:
+    """A model's tensors after a way through a file; whole pieces only."""
+
+    format = "gguf"
+
+    def __init__(self, source: Reader, asked: Kind | None) -> None:
+        self.model, self.notes, self._source = source.model, source.notes, source
+        self._kinds = {
+            piece.name: _stored_kind(tensor, asked)
+            for tensor in file_tensors(source, source_of(source.model)).values()
+            for piece in tensor.pieces
+        }
+
+    def names(self) -> dict[str, TensorInfo]:
+        """Return every tensor with the dtype that reading presents."""
+        infos = self._source.names()
+        return {name: TensorInfo(info.shape, self._dtype(name, info.dtype)) for name, info in infos.items()}
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """Return a piece as it comes back."""
+        value, kind = self._source.read(name, where), self._kinds[name]
+        if kind.is_quantized:
+            return dequantize(encode(value, kind, name), kind)
+        return cast(value, self._dtype(name, value.dtype), name)
+
+    def _dtype(self, name: str, own: torch.dtype) -> torch.dtype:
+        kind = self._kinds[name]
+        if kind.is_quantized:
+            return torch.float32
+        # What is F32 in the file comes back as the narrower type that it was.
+        return own if kind is F32 and own in _NARROW else kind.dtype
 
 
 def _kind_named(quantization: str | None) -> Kind | None:

@@ -118,14 +118,14 @@ def refusal(path: Path, config: ModelConfig | None = CLUSTER, **hints: object) -
     return message
 
 
-def run(root: Path, *steps: str, degrees: MindSporeDegrees = FOUR, prefix: str = "mixtral-8x7b") -> Path:
+def run(root: Path, *steps: str, degrees: MindSporeDegrees = FOUR) -> Path:
     """Write a cluster's output folder with a checkpoint a step; the n-th has the weights of seed n."""
     for seed, step in enumerate(steps):
         made = root.with_name(f"{root.name}.{seed}")
         mindspore.write(random(CLUSTER, seed), made, degrees=degrees)
         for file in sorted(made.glob("checkpoint/rank_*/*")):
             rank = file.parent.name
-            target = root / "checkpoint" / rank / f"{prefix}_{rank}-{step}.ckpt"
+            target = root / "checkpoint" / rank / f"mixtral-8x7b_{rank}-{step}.ckpt"
             target.parent.mkdir(parents=True, exist_ok=True)
             file.rename(target)
             os.utime(target, (seed, seed))
