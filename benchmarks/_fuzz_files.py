@@ -434,7 +434,7 @@ def _mindspore_safetensors(folder: Path) -> Sample:
 
 
 def _mindspore_ranks(folder: Path) -> Sample:
-    degrees = MindSporeDegrees(dp=2, tp=2, ep=2, opt=2)
+    degrees = MindSporeDegrees(dp=2, tp=2, ep=2, opt=1)
     with mock.patch.object(mindspore_layout, "_OPT_THRESHOLD_BYTES", 0):
         mindspore.write(_source(), folder / "a", degrees=degrees)
     targets = {"config.json": json_file, "strategy/*.ckpt": strategy_file, "checkpoint/*/*.ckpt": ckpt_file_}

@@ -30,7 +30,7 @@ from ostro.model.settings import ModelConfig
 from ostro.weights import FORMATS, Reader, TensorInfo, Where, convert, open_reader
 from ostro.weights.mindspore_layout import MindSporeDegrees
 
-RANKS = MindSporeDegrees(dp=8, ep=8, pp=1, tp=2, opt=2)  # 16 ranks of one stage: works for any number of layers
+RANKS = MindSporeDegrees(dp=8, ep=8, pp=1, tp=2, opt=1)  # 16 ranks of one stage: works for any number of layers
 
 CASES = {
     "HF → MindSpore": ("hf", "mindspore", {}),

@@ -45,7 +45,7 @@ from ostro.errors import WeightsError
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
 from ostro.weights import Hints, Reader, open_reader
-from ostro.weights.store import Where, same_bits
+from ostro.weights.store import Where, as_bytes, same_bits
 from ostro.weights.stored import StoredReader
 
 REFUSED, CORRECT, EXPLAINED, FAILED = "refused", "read correctly", "read otherwise, explained", "failures"
@@ -53,6 +53,8 @@ OUTCOMES = (REFUSED, CORRECT, EXPLAINED, FAILED)
 HEADROOM_BYTES = 64 << 20  # of a process, over what it has before the first mutation
 GROWTH_BYTES = 4 << 20  # of a single mutation, over the size of the files: Python's own arenas
 BATCH = 500
+_MAX_MESSAGE = 4000
+_MAX_STEP = 200
 
 Open = Callable[[Path, Hints], Reader]
 
@@ -117,21 +119,24 @@ def _slices(shape: tuple[int, ...]) -> Iterator[Where]:
 
 def judge(target: Target, original: Original, files: dict[str, bytes], folder: Path) -> tuple[str, str]:
     """Open and read what lies in a folder; return the outcome, and what there is to say about it."""
+    signal.setitimer(signal.ITIMER_REAL, target.seconds)
     try:
         reader = target.open(folder / target.sample.path, target.sample.hints)
         found = read_all(reader)
     except WeightsError as error:
         return _refused(error)
-    outcome = CORRECT, ""
-    if reader.model != original.model or any(not same_bits(found[name], original.tensors[name]) for name in found):
-        outcome = EXPLAINED, _explained(found, original, list(files.values()))
-    if isinstance(reader, StoredReader):
-        try:
-            reader.certify()  # may refuse what was read, and only that
-        except WeightsError as error:
-            if _refused(error)[0] == FAILED:
-                return _refused(error)
-    return outcome
+    else:
+        if isinstance(reader, StoredReader):
+            try:
+                reader.certify()  # may still refuse what was read; it is not what opening asks for
+            except WeightsError as error:
+                if _refused(error)[0] == FAILED:
+                    return _refused(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if reader.model == original.model and all(same_bits(found[name], original.tensors[name]) for name in found):
+        return CORRECT, ""
+    return EXPLAINED, _explained(found, original, files)
 
 
 def _refused(error: WeightsError) -> tuple[str, str]:
@@ -142,12 +147,12 @@ def _refused(error: WeightsError) -> tuple[str, str]:
         if is_memory or "allocate" in str(cause):
             return FAILED, f"memory was asked for, then refused: {message}"
         cause = cause.__cause__ or cause.__context__
-    if "\n" in message or len(message) > 4000 or not message.endswith("."):
-        return FAILED, f"no sentence of one line: {message[:500]!r}"
+    if not message.isprintable() or len(message) > _MAX_MESSAGE or message[-1:] not in (".", "?"):
+        return FAILED, f"no sentence to print: {message[:500]!r}"
     return REFUSED, message
 
 
-def _explained(found: dict[str, Tensor], original: Original, files: list[bytes]) -> str:
+def _explained(found: dict[str, Tensor], original: Original, files: dict[str, bytes]) -> str:
     """Return which tensors differ; Wrong for one whose values are not the files'."""
     changed = [
         name
@@ -155,19 +160,46 @@ def _explained(found: dict[str, Tensor], original: Original, files: list[bytes])
         if name not in original.tensors or not same_bits(tensor, original.tensors[name])
     ]
     blocks: list[set[bytes]] = []
+    everything = list(files.values())
+    strided = [data for name, data in files.items() if name.endswith((".bin", ".pth"))]
     for name in changed:
-        if not _is_in(found[name], files) and not _is_dequantised(found[name], files, blocks):
+        if not (
+            _is_in(found[name], everything)
+            or _is_strided(found[name], strided)
+            or _is_dequantised(found[name], everything, blocks)
+        ):
             raise Wrong(f"{name} has values that the files have not")
     return f"{len(changed)} tensors, first {changed[0]}" if changed else "other settings"
 
 
 def _is_in(tensor: Tensor, files: list[bytes]) -> bool:
-    """Whether every row, or every column, stands in the files; also as the float32 it may have been narrowed from."""
+    """Whether every row, or half row, or column stands in the files; also as float32 that was narrowed."""
     matrix = tensor if tensor.dim() > 1 else tensor[None]
     for held in (matrix, matrix.transpose(-2, -1)):
         for dtype in {tensor.dtype, torch.float32}:
-            rows = held.to(dtype).contiguous().flatten(0, -2).view(torch.uint8).numpy()
-            if all(any(row.tobytes() in data for data in files) for row in rows):
+            data = bytes(as_bytes(held.to(dtype)))
+            for parts in (1, 2):  # ranks may have cut a matrix along its rows
+                size = max(1, held.shape[-1] // parts) * dtype.itemsize
+                pieces = [data[at : at + size] for at in range(0, len(data), size)]
+                if all(any(piece in file for file in files) for piece in pieces):
+                    return True
+    return False
+
+
+def _is_strided(tensor: Tensor, files: list[bytes]) -> bool:
+    """Whether every row stands in the files with equal steps between its items, as PyTorch's may."""
+    rows = tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
+    return all(any(_steps_through(row, data) for data in files) for row in rows.reshape(-1, rows.shape[-1]))
+
+
+def _steps_through(row: np.ndarray, data: bytes) -> bool:
+    for shift in range(row.itemsize):
+        items = np.frombuffer(data, row.dtype, (len(data) - shift) // row.itemsize, shift)
+        starts = np.flatnonzero(items == row[0])
+        for step in range(_MAX_STEP):
+            places = starts[:, None] + step * np.arange(len(row))
+            places = places[places[:, -1] < len(items)]
+            if (items[places] == row).all(1).any():
                 return True
     return False
 
@@ -232,14 +264,11 @@ def run_one(target: Target, original: Original, folder: Path, index: int) -> dic
     whole = target.sample.others | {name: file.data for name, file in target.sample.files.items()}
     files = {name: data for name, data in (whole | mutation.changed).items() if data is not None}
     before = _peak_bytes()
-    signal.setitimer(signal.ITIMER_REAL, target.seconds)
     try:
         outcome, said = judge(target, original, files, folder)
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         outcome, said = FAILED, f"{type(error).__name__}: {str(error)[:300]} ({Path(place.filename).name}:{place.lineno})"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     grown = _peak_bytes() - before
     if outcome == REFUSED and grown > GROWTH_BYTES + sum(map(len, files.values())):
         outcome, said = FAILED, f"it took {grown >> 20} MiB: {said}"

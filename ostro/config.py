@@ -30,10 +30,13 @@ class Section(BaseModel):
 
 
 class Weights(Section):
-    """Where training starts from: `path` is a checkpoint of any format or a run; null draws random weights."""
+    """Where training starts from: `path` is a checkpoint of any format or a run; null draws random weights.
+
+    `strategy` are the strategy files of MindSpore's rank folders, where they do not lie beside them.
+    """
 
     path: str | None = None
-    strategy: None = None
+    strategy: str | None = None
     upcycle: Literal[False] = False
 
 
@@ -203,7 +206,6 @@ class Config(Section):
 
 # What a key can become in a later version; asking for it now is answered with what is true now.
 _NOT_YET = {
-    "weights.strategy": "MindSpore checkpoints are not read yet",
     "weights.upcycle": "upcycling a dense model is not there yet",
     "data.pad_token_id": "padded records are not there yet",
     "train.recompute": "recomputing activations is not there yet",

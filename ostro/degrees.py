@@ -24,6 +24,7 @@ def parse(text: str, degrees: type[D]) -> D:
     """
     assert dataclasses.is_dataclass(degrees)
     known = [field.name for field in dataclasses.fields(degrees)]
+    switches = [field.name for field in dataclasses.fields(degrees) if field.default == 0]
     values: dict[str, Any] = {}
     for part in text.replace(" ", "").split(","):
         name, _, number = part.partition("=")
@@ -32,8 +33,9 @@ def parse(text: str, degrees: type[D]) -> D:
             raise LayoutError(
                 f"layout {text!r}: {name!r} is no degree here; known: {', '.join(known)}.{nearest(name, known)}"
             )
-        if not (number.isascii() and number.isdigit()) or int(number) < 1 or name in values:
-            raise LayoutError(f"layout {text!r}: {part!r} must be one name=number of at least 1, as in dp=8,ep=8,pp=2.")
+        least = 0 if name in switches else 1
+        if not (number.isascii() and number.isdigit()) or int(number) < least or name in values:
+            raise LayoutError(f"layout {text!r}: {part!r} must be one name=number of at least {least}.")
         values[name] = int(number)
     return degrees(**values)
 

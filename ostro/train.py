@@ -32,7 +32,7 @@ from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
 from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
 from ostro.serve.engine import tokenizer_beside
-from ostro.weights import dcp, open_reader
+from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
 from ostro.weights.store import RandomReader, Reader, architecture_difference, load_into
 
 
@@ -141,7 +141,10 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
     path = config.weights.path
     if path is None:
         return RandomReader(config.model, config.train.seed)
-    reader = open_reader(path)
+    hints = Hints(strategy=Path(config.weights.strategy)) if config.weights.strategy else NO_HINTS
+    if detect(path).startswith("mindspore"):  # which seldom says its model
+        hints = dataclasses.replace(hints, model=config.model)
+    reader = open_reader(path, hints)
     differing = architecture_difference(config.model, reader.model)
     if differing is not None:
         name, ours, theirs = differing

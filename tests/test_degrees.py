@@ -51,9 +51,9 @@ def test_a_layout_is_read(text: str, expected: Degrees) -> None:
 
 
 def test_the_words_of_mindspore_are_its_own() -> None:
-    assert parse("dp=8,mp=2,ep=4,pp=2,opt=2,vocab=2", MindSporeDegrees) == MindSporeDegrees(8, 2, 4, 2, 2, 2)
+    assert parse("dp=8,mp=2,ep=4,pp=2,opt=1,vocab=1", MindSporeDegrees) == MindSporeDegrees(8, 2, 4, 2, 1, 1)
     assert "'fsdp' is no degree here; known: dp, tp, ep, pp, opt, vocab." in refusal("fsdp=2", MindSporeDegrees)
-    assert "'opt' is no degree here; known: dp, fsdp, tp, ep, pp, cp, etp." in refusal("dp=2,opt=2")
+    assert "'opt' is no degree here; known: dp, fsdp, tp, ep, pp, cp, etp." in refusal("dp=2,opt=1")
 
 
 def test_a_word_that_is_almost_one_is_named() -> None:

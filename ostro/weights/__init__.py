@@ -36,6 +36,7 @@ from ostro.weights.stored import StoredReader
 
 __all__ = [
     "FORMATS",
+    "NO_HINTS",
     "CastReader",
     "Converted",
     "Difference",

@@ -222,6 +222,8 @@ def _read_value(data: wire.Buffer, record: wire.Field) -> tuple[str, _Entry]:
     if "tag" not in found or ("tensor" in found) == (_MAP in found):
         raise ValueError(f"byte {record.start} starts an entry without a name or a tensor")
     name = wire.text(data, found["tag"])
+    if not name.isprintable():
+        raise ValueError(f"byte {record.start} starts an entry named {name!r}")
     if _MAP in found:
         return name, _Entry(_MAP, (), [])
     inner = list(wire.fields(data, found["tensor"].start, found["tensor"].stop))
@@ -229,8 +231,11 @@ def _read_value(data: wire.Buffer, record: wire.Field) -> tuple[str, _Entry]:
     found = _single(inner, {2: "type", 3: "content"})
     if len(found) != 2:
         raise ValueError(f"{name} has no type or no content")
+    word = wire.text(data, found["type"])
+    if not word.isprintable():
+        raise ValueError(f"{name} is of type {word!r}")
     start, stop = found["content"].start, found["content"].stop
-    return name, _Entry(wire.text(data, found["type"]), tuple(dims), [(start, stop - start)])
+    return name, _Entry(word, tuple(dims), [(start, stop - start)])
 
 
 def _single(found: Iterable[wire.Field], wanted: Mapping[int, str]) -> dict[str, wire.Field]:

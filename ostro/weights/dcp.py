@@ -226,8 +226,9 @@ def write(
         if num_hosts > 1:
             state |= {"host": index, "num_hosts": num_hosts}
     infos = reader.names()
-    plan = [(p, infos[p.name], _boxes(p, reader.model, degrees, wanted)) for p in layout.parameters(reader.model)]
-    plan = [entry for entry in plan if entry[2]]
+    table = layout.parameters(reader.model)
+    found = ((p, infos[p.name], _boxes(p, reader.model, degrees, wanted)) for p in table)
+    plan = [(parameter, info, boxes) for parameter, info, boxes in found if boxes is not None]
     num_bytes = sum(box.num_elements * info.dtype.itemsize for _, info, boxes in plan for box in boxes)
 
     def values(parameter: layout.Parameter, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]:
@@ -241,21 +242,27 @@ def write(
         write_tensors(folder, ((WEIGHTS_PREFIX + p.name, info, values(p, boxes)) for p, info, boxes in plan))
 
 
-def _boxes(parameter: layout.Parameter, model: ModelConfig, degrees: Degrees | None, ranks: range | None) -> list[Box]:
-    """Return the boxes to write of a parameter: its pieces, or what the ranks hold of it."""
+def _boxes(
+    parameter: layout.Parameter, model: ModelConfig, degrees: Degrees | None, ranks: range | None
+) -> list[Box] | None:
+    """Return the boxes to write of a parameter: its pieces, or what the ranks hold of it; None if their stages have
+    no such parameter."""
     shape = parameter.shape
     if degrees is None or ranks is None:
         num_dims = len(stack_sizes(parameter))
         sizes = (1,) * num_dims + shape[num_dims:]
         return [Box((*stack, *(0,) * (len(shape) - num_dims)), sizes) for stack in pieces(parameter)]
+    last = degrees.pp - 1
     if parameter.layer is not None:
-        stage = stage_of(parameter.layer, model.num_hidden_layers, degrees.pp)
+        stages = {stage_of(parameter.layer, model.num_hidden_layers, degrees.pp)}
     elif parameter.kind is layout.EMBEDDING:
-        stage = None if model.tie_word_embeddings else 0  # a tied one is the last stage's head as well
+        stages = {0, last} if model.tie_word_embeddings else {0}  # a tied one is the last stage's head as well
     else:
-        stage = degrees.pp - 1
-    held = (degrees.box(rank, parameter.kind.dims, shape, stage) for rank in ranks)
-    return [Box(*box) for box in dict.fromkeys(held) if box is not None]
+        stages = {last}
+    holding = [rank for rank in ranks if rank * degrees.pp // degrees.num_ranks in stages]
+    held = (degrees.box(rank, parameter.kind.dims, shape, None) for rank in holding)
+    # None of it may be theirs, where it is small; DCP wants its name all the same.
+    return [Box(*box) for box in dict.fromkeys(held) if box is not None] if holding else None
 
 
 def _is_whole(folder: Path) -> bool:

@@ -178,7 +178,7 @@ def _values_start(window: _Window, info: TensorInfo) -> int:
 def _sane(data: bytes) -> io.BytesIO:
     """Return a pickle to be loaded, unless it numbers its memo beyond its size: Python would allocate for that."""
     for opcode, argument, _ in pickletools.genops(data):
-        if "PUT" in opcode.name and argument > len(data):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
             raise ValueError(f"memo {argument} in {len(data)} bytes")
     return io.BytesIO(data)
 

@@ -22,7 +22,7 @@ from ostro.weights.hf_config import (
     save_tokenizer,
     write_json,
 )
-from ostro.weights.identify import identify
+from ostro.weights.identify import settle
 from ostro.weights.mapped import TensorFile
 from ostro.weights.pickle_file import SUFFIXES, PickleFile
 from ostro.weights.safetensors_file import SafetensorsFile, write_file
@@ -85,13 +85,9 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
         map = _source_of_ostro
     else:
         map = source
-    model, notes = hints.model, []
-    if model is None and (folder / "config.json").is_file():
-        model = read_config(folder / "config.json")
-    elif model is None:
-        infos = {name: file.infos[name] for name, file in files.items()}
-        model, preset = identify(path, infos, lambda config: map, "model.layers.")
-        notes.append(f"no config.json: the sizes are those of {preset}")
+    held = read_config(folder / "config.json") if (folder / "config.json").is_file() else None
+    infos = {name: file.infos[name] for name, file in files.items()}
+    model, notes = settle(path, hints.model, held, infos, lambda config: map, "model.layers.")
     return StoredReader("hf", path, model, files, map, notes=notes, advice=_ADVICE)
 
 
@@ -169,6 +165,8 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} has no weight_map: fetch or write it again.")
     for name, file in weight_map.items():
+        if not name.isprintable():
+            raise WeightsError(f"{index} names a tensor {name!r}: fetch or write it again.")
         if not isinstance(file, str) or Path(file).name != file:
             raise WeightsError(f"{index} puts {name} into {file!r}: a file name in the same folder belongs there.")
     absent = [name for name, file in weight_map.items() if not (path / file).is_file()]

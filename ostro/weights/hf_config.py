@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -65,9 +66,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Return the architecture that a config.json describes; WeightsError where `ModelConfig.from_hf` refuses it."""
+    """Return the architecture that a config.json describes, be it Hugging Face's or sizes alone under the same names.
+
+    WeightsError where `ModelConfig` refuses it.
+    """
+    fields = read_json(path)
+    is_bare = "model_type" not in fields and fields.keys() <= {field.name for field in dataclasses.fields(ModelConfig)}
     try:
-        return ModelConfig.from_hf(read_json(path))
+        return ModelConfig.from_fields(fields) if is_bare else ModelConfig.from_hf(fields)
     except ConfigError as error:
         raise WeightsError(f"{path}: {error}") from error
 

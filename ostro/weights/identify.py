@@ -12,6 +12,33 @@ from ostro.weights.store import TensorInfo, architecture_difference, depth, piec
 from ostro.weights.stored import SourceOf
 
 
+def settle(
+    path: Path,
+    told: ModelConfig | None,
+    held: ModelConfig | None,
+    infos: Mapping[str, TensorInfo],
+    source_of: Callable[[ModelConfig], SourceOf],
+    layers: str,
+) -> tuple[ModelConfig, list[str]]:
+    """Return a checkpoint's model, and what to say about it: as its own configuration `held` has it, as the user
+    `told`, or of the preset that fits. WeightsError where the first two contradict each other or all three are silent.
+    """
+    if held is None and told is None:
+        model, preset = identify(path, infos, source_of, layers)
+        return model, [f"no configuration beside it: the sizes are those of {preset}"]
+    if held is not None and told is not None:
+        differing = architecture_difference(held, told)
+        if differing is not None:
+            name, theirs, ours = differing
+            raise WeightsError(
+                f"{path} has a configuration with {name}={theirs}, and the model asked for has {ours}: leave the model "
+                "out, or remove the configuration if it is wrong."
+            )
+    model = held or told
+    assert model is not None
+    return model, []
+
+
 def identify(
     path: Path, infos: Mapping[str, TensorInfo], source_of: Callable[[ModelConfig], SourceOf], layers: str
 ) -> tuple[ModelConfig, str]:

@@ -20,7 +20,7 @@ from ostro.weights import mindspore_ranks as ranks
 from ostro.weights.ckpt_file import CkptFile, write_ckpt
 from ostro.weights.folder import written_beside
 from ostro.weights.hf_config import SaveTokenizer, config_fields, read_config, read_json, save_tokenizer, write_json
-from ostro.weights.identify import identify, preset_of
+from ostro.weights.identify import preset_of, settle
 from ostro.weights.mapped import TensorFile
 from ostro.weights.mindspore_layout import MindSporeDegrees, strategies
 from ostro.weights.reshard import Box
@@ -345,12 +345,9 @@ def _model(
     configs = [place / "config.json" for place in (path, folder, folder.parent) if (place / "config.json").is_file()]
     marker = read_json(configs[0]).get(_EXPERT_LAYOUT) if configs else None
     dialect = _dialect(infos, hints.format or (marker if isinstance(marker, str) else None), str(path))
-    if hints.model is not None:
-        return hints.model, dialect
-    if configs:
-        return read_config(configs[0]), dialect
-    model, preset = identify(path, infos, lambda config: source_of(config, dialect), _LAYERS)
-    notes.append(f"the sizes are those of {preset}")
+    held = read_config(configs[0]) if configs else None
+    model, said = settle(path, hints.model, held, infos, lambda config: source_of(config, dialect), _LAYERS)
+    notes += said
     return model, dialect
 
 

@@ -24,16 +24,16 @@ _OPT_THRESHOLD_BYTES = 64 << 10  # parallel_optimizer_threshold of the shipped Y
 class MindSporeDegrees:
     """MindFormers' data_parallel, model_parallel, expert_parallel and pipeline_stage.
 
-    `opt` 2 cuts what is repeated once more (enable_parallel_optimizer, which all shipped YAMLs set); 1 does not.
-    `vocab` 2 cuts embedding and head by tp (vocab_emb_dp False); 1 does not.
+    `opt` 1 cuts what is repeated once more (enable_parallel_optimizer, which all shipped YAMLs set); 0 does not.
+    `vocab` 1 cuts embedding and head by tp (vocab_emb_dp False); 0 does not.
     """
 
     dp: int = 1
     tp: int = 1
     ep: int = 1
     pp: int = 1
-    opt: int = 1
-    vocab: int = 1
+    opt: int = 0
+    vocab: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -50,8 +50,8 @@ class MindSporeDegrees:
                 f"ep={self.ep} does not divide dp={self.dp}: MindFormers' experts lie within dp; change one."
             )
         for name in ("opt", "vocab"):
-            if getattr(self, name) > 2:
-                raise LayoutError(f"{name}={getattr(self, name)} must be 1 (not cut) or 2 (cut).")
+            if getattr(self, name) > 1:
+                raise LayoutError(f"{name}={getattr(self, name)} must be 0 (not cut) or 1 (cut).")
         values = dataclasses.asdict(self)
         degree_rules.require_divides(
             values,
@@ -90,10 +90,10 @@ def _layout(tensor: FileTensor, kind: layout.Kind, is_transposed: bool, degrees:
     else:
         matrix = (degrees.dp, degrees.tp)
         cut = {layout.Q: 0, layout.K: 0, layout.V: 0, layout.O: 1}.get(kind)
-        if kind in (layout.EMBEDDING, layout.HEAD) and degrees.vocab == 2 and tensor.info.shape[0] % degrees.tp == 0:
+        if kind in (layout.EMBEDDING, layout.HEAD) and degrees.vocab and tensor.info.shape[0] % degrees.tp == 0:
             cut = 0
         map = tuple((0,) if dim == cut else () for dim in range(len(tensor.info.shape)))
-    step, size = _opt(tensor, matrix, map) if degrees.opt == 2 else (0, 0)
+    step, size = _opt(tensor, matrix, map) if degrees.opt else (0, 0)
     return TensorLayout(matrix, map, step, size)
 
 

@@ -21,7 +21,7 @@ from ostro.model.settings import ModelConfig
 from ostro.weights import hf
 from ostro.weights.folder import written_beside
 from ostro.weights.hf_config import SaveTokenizer, read_config, read_json, save_tokenizer, tokenizer_folder, write_json
-from ostro.weights.identify import identify
+from ostro.weights.identify import settle
 from ostro.weights.mapped import TensorFile
 from ostro.weights.pickle_file import SUFFIXES
 from ostro.weights.reshard import Box, GatheredFile, Shard
@@ -83,16 +83,12 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
         infos |= file.infos
     is_stacked = any(name.endswith(".block_sparse_moe.w1") for name in infos)
     source = _stacked_source if is_stacked else source_of
-    notes: list[str] = []
-    model = hints.model
-    if model is None and (folder / _PARAMS).exists():
-        model = read_params(folder / _PARAMS)
-    elif model is None and (folder / "config.json").exists():
-        model = read_config(folder / "config.json")
-        notes.append(f"no {_PARAMS}: the sizes are those of config.json")
-    elif model is None:
-        model, preset = identify(path, infos, source, _LAYERS)
-        notes.append(f"no {_PARAMS}: the sizes are those of {preset}")
+    held = None
+    if (folder / _PARAMS).exists():
+        held = read_params(folder / _PARAMS)
+    elif (folder / "config.json").exists():
+        held = read_config(folder / "config.json")
+    model, notes = settle(path, hints.model, held, infos, source, _LAYERS)
     files = _merged(path, opened, model)
     return StoredReader("mistral", path, model, files, source(model), layers=_LAYERS, notes=notes, advice=_ADVICE)
 

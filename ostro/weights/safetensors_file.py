@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ostro.errors import WeightsError
 from ostro.weights.mapped import MappedFile, Parts, write_parts, writing
-from ostro.weights.store import TensorInfo, Where
+from ostro.weights.store import TensorInfo, Where, printable
 
 DTYPES = {
     "F64": torch.float64,
@@ -102,7 +102,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands there twice")
+        raise ValueError(f"{printable(twice)} stands there twice")
     return result
 
 
@@ -130,6 +130,8 @@ def _entries(header: dict[str, Any], data_bytes: int, path: Path) -> tuple[dict[
 def _entry(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
     fields = entry if isinstance(entry, dict) else {}
     word, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not name.isprintable():
+        raise WeightsError(f"{path} has a tensor named {name!r}: {_DAMAGED}.")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise WeightsError(f"{path} describes {name} without a sound shape and data_offsets: {_DAMAGED}.")
     if not isinstance(word, str) or word not in DTYPES:

@@ -210,6 +210,11 @@ def label(name: str, where: Where) -> str:
     return name + (f"[{', '.join(stack)}]" if stack else "")
 
 
+def printable(text: str) -> str:
+    """Return text from a file as an error may show it: line ends and what commands a terminal are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """Return `tensor` in `dtype`; WeightsError, naming `what`, for a finite value it cannot hold."""
     if tensor.dtype == dtype:

@@ -50,14 +50,14 @@ LAYOUTS = (
     "tp=2",
     "dp=2,ep=2",
     "dp=8,ep=8,pp=2",
-    "dp=8,ep=8,pp=2,opt=2",
+    "dp=8,ep=8,pp=2,opt=1",
     "dp=4,tp=2,ep=4",
-    "dp=4,tp=2,ep=2,opt=2",
-    "dp=2,tp=2,ep=2,pp=2,opt=2,vocab=2",
-    "tp=2,pp=4,vocab=2",
-    "dp=8,opt=2",
+    "dp=4,tp=2,ep=2,opt=1",
+    "dp=2,tp=2,ep=2,pp=2,opt=1,vocab=1",
+    "tp=2,pp=4,vocab=1",
+    "dp=8,opt=1",
 )
-RECUTS = (("dp=8,ep=8,pp=2,opt=2", "dp=4,tp=2,ep=2,opt=2"), ("tp=2", "dp=2,tp=2,ep=2,pp=2,opt=2,vocab=2"))
+RECUTS = (("dp=8,ep=8,pp=2,opt=1", "dp=4,tp=2,ep=2,opt=1"), ("tp=2", "dp=2,tp=2,ep=2,pp=2,opt=1,vocab=1"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMIZERS = {
     "nn.AdamWeightDecay": ("adam_m.", "adam_v."),
@@ -285,7 +285,7 @@ def _optimizers(folder: Path) -> list[Case]:
     trained = _with_optimizer(folder / "training.ckpt")
     return [
         *(_trained(folder, kind) for kind in OPTIMIZERS),
-        *(_merged(folder, text, "float32", trained) for text in ("dp=8,ep=8,pp=2,opt=2", "dp=4,tp=2,ep=2,opt=2")),
+        *(_merged(folder, text, "float32", trained) for text in ("dp=8,ep=8,pp=2,opt=1", "dp=4,tp=2,ep=2,opt=1")),
     ]
 
 
@@ -342,7 +342,7 @@ def _layouts(folder: Path) -> list[Case]:
     for dtype in ("float32", "bfloat16"):
         for text in LAYOUTS:
             cases += [_merged(folder, text, dtype), _cut(folder, text, dtype)]
-    gmm = "dp=4,tp=2,ep=2,opt=2"
+    gmm = "dp=4,tp=2,ep=2,opt=1"
     return [*cases, _merged(folder, gmm, "float32", is_gmm=True), _cut(folder, gmm, "float32", is_gmm=True)]
 
 
@@ -438,7 +438,7 @@ def _safetensors(folder: Path) -> list[Case]:
     its slices are not contiguous): the layout with tp goes through .ckpt files.
     """
     cases = []
-    for dtype, text in (("float32", "dp=4,tp=2,ep=2,opt=2"), ("bfloat16", "dp=8,ep=8,pp=2,opt=2")):
+    for dtype, text in (("float32", "dp=4,tp=2,ep=2,opt=1"), ("bfloat16", "dp=8,ep=8,pp=2,opt=1")):
         source = _source(dtype)
         root, _ = _written(folder, text, dtype)
         target = root / "safetensors"
@@ -461,7 +461,7 @@ def _safetensors(folder: Path) -> list[Case]:
                 lambda unified=unified, source=source: _reads(unified, source, unified / "hf"),
             )
         )
-    return [*cases, _cut_safetensors(folder, "bfloat16", "dp=8,ep=8,pp=2,opt=2")]
+    return [*cases, _cut_safetensors(folder, "bfloat16", "dp=8,ep=8,pp=2,opt=1")]
 
 
 def _cut_safetensors(folder: Path, dtype: str, text: str) -> Case:

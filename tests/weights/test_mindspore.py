@@ -29,7 +29,7 @@ from mindformers_files import (
     save,
     theirs,
 )
-from small_models import TINY, Altered, mixtral, models, random, transformers_model
+from small_models import TINY, Altered, mixtral, models, random
 from torch import Tensor
 
 from ostro.errors import WeightsError
@@ -119,7 +119,7 @@ def test_files_of_mindspore_that_are_no_mixtral(shared: Path, name: str) -> None
 # One file
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     config=models(),
     place=st.sampled_from(["x.ckpt", "x.safetensors", "x"]),
@@ -150,7 +150,7 @@ def test_a_file_without_a_configuration_is_known_by_its_sizes(tmp_path: Path) ->
     convert(random(config.preset(preset)), tmp_path / "x.ckpt", to="mindspore-gmm")
     reader = open_reader(tmp_path / "x.ckpt")
     assert (reader.format, reader.model) == ("mindspore-gmm", config.preset(preset))
-    assert f"the sizes are those of {preset}" in reader.notes
+    assert f"no configuration beside it: the sizes are those of {preset}" in reader.notes
     convert(random(), tmp_path / "y.ckpt", to="mindspore")
     assert "comes without a configuration and fits no preset (2 layers" in refusal(tmp_path / "y.ckpt", None)
 
@@ -233,7 +233,7 @@ def training(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("is_gmm", [False, True])
-@pytest.mark.parametrize("opt", [1, 2])
+@pytest.mark.parametrize("opt", [0, 1])
 def test_the_optimizer_goes_through_layouts_and_orientations(
     training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gmm: bool, opt: int
 ) -> None:
@@ -351,13 +351,11 @@ def test_what_is_not_of_this_format(tmp_path: Path) -> None:
     for path in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors", tmp_path / "many" / "rank_1"):
         assert not mindspore.detect(path)
         assert digest(open_reader(path)) == digest(random())
-    transformers_model().save_pretrained(tmp_path / "transformers")
     run_folder = tmp_path / "run"
     dcp.save(run_folder / "checkpoints" / "step-00000003", {"a": torch.ones(2)}, {"step": 3})
     (tmp_path / "folder" / "x.ckpt").mkdir(parents=True)  # a folder of that name
     (tmp_path / "notes").mkdir()
     for path in (
-        "transformers",
         "run",
         "run/checkpoints",
         "run/checkpoints/step-00000003",

@@ -57,7 +57,7 @@ def layouts(draw: st.DrawFn) -> tuple[ModelConfig, MindSporeDegrees]:
     """Draw a model and degrees that fit it, of at most sixteen ranks."""
     tp, ep, pp = (draw(st.sampled_from([1, 2, *more])) for more in ([], [4], [3]))
     dp = ep * draw(st.sampled_from([1, 2, 3]))
-    degrees = MindSporeDegrees(dp, tp, ep, pp, opt=draw(st.integers(1, 2)), vocab=draw(st.integers(1, 2)))
+    degrees = MindSporeDegrees(dp, tp, ep, pp, opt=draw(st.integers(0, 1)), vocab=draw(st.integers(0, 1)))
     model = draw(models())
     model = dataclasses.replace(
         model,
@@ -79,14 +79,14 @@ def cut(name: str, whole: Tensor, rank: int, degrees: MindSporeDegrees, is_gmm: 
         name.split(".")[-2]
     )
     if name in ("model.tok_embeddings.embedding_weight", "lm_head.weight"):
-        dim = 0 if degrees.vocab == 2 and whole.shape[0] % degrees.tp == 0 else None
+        dim = 0 if degrees.vocab and whole.shape[0] % degrees.tp == 0 else None
     if dim is not None:
         whole = whole.chunk(degrees.tp, dim)[tp]
         repeats, which = degrees.dp, dp
     if ".ffn." in name:
         whole = whole.chunk(degrees.ep)[dp % degrees.ep]
         repeats, which = degrees.dp // degrees.ep, dp // degrees.ep
-    if degrees.opt == 2 and whole.shape[0] % repeats == 0 and whole.nbytes >= threshold:
+    if degrees.opt and whole.shape[0] % repeats == 0 and whole.nbytes >= threshold:
         whole = whole.chunk(repeats)[which]
     return whole.contiguous()
 
@@ -128,7 +128,7 @@ def test_each_rank_holds_its_slices(
 
 def test_the_threshold_of_the_shipped_yamls(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, vocab_size=1024)  # whose embedding, and nothing else, has 64 KiB
-    mindspore.write(random(config), tmp_path / "x", degrees=MindSporeDegrees(dp=2, opt=2))
+    mindspore.write(random(config), tmp_path / "x", degrees=MindSporeDegrees(dp=2, opt=1))
     found = held(rank_file(tmp_path / "x", 1))
     assert {n for n, t in found.items() if t.shape != theirs(random(config))[n].shape} == {
         "model.tok_embeddings.embedding_weight",
@@ -143,8 +143,8 @@ def test_the_threshold_of_the_shipped_yamls(tmp_path: Path) -> None:
         ({"dp": 3, "ep": 3}, "ep=3 does not divide num_local_experts=4: use ep 1, 2, 4."),
         ({"pp": 3}, "pp=3 does not divide num_hidden_layers=2: use pp 1, 2."),
         ({"tp": 4}, "tp=4 does not divide num_key_value_heads=2: use tp 1, 2."),
-        ({"opt": 3}, "opt=3 must be 1 (not cut) or 2 (cut)."),
-        ({"vocab": 4}, "vocab=4 must be 1 (not cut) or 2 (cut)."),
+        ({"opt": 3}, "opt=3 must be 0 (not cut) or 1 (cut)."),
+        ({"vocab": 4}, "vocab=4 must be 0 (not cut) or 1 (cut)."),
     ],
 )
 def test_degrees_that_do_not_fit(tmp_path: Path, degrees: dict[str, int], sentence: str) -> None:

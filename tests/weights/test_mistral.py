@@ -304,7 +304,7 @@ def test_without_params_the_sizes_come_from_config_json_or_a_preset(tmp_path: Pa
     (tmp_path / "x" / "params.json").unlink()
     reader = open_reader(tmp_path / "x")
     assert reader.model == preset("tiny")
-    assert reader.notes == ("no params.json: the sizes are those of tiny",)
+    assert reader.notes == ("no configuration beside it: the sizes are those of tiny",)
     assert digest(reader) == digest(random(preset("tiny")))
     convert(random(), tmp_path / "y", to="mistral")
     (tmp_path / "y" / "params.json").unlink()
@@ -315,7 +315,7 @@ def test_without_params_the_sizes_come_from_config_json_or_a_preset(tmp_path: Pa
     convert(random(), tmp_path / "hf", to="hf")
     shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "y")
     reader = open_reader(tmp_path / "y")
-    assert reader.notes == ("no params.json: the sizes are those of config.json",)
+    assert reader.notes == ()
     assert digest(reader) == digest(random())
 
 
