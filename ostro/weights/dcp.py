@@ -37,6 +37,7 @@ from ostro.weights.store import (
     match_depth,
     match_shapes,
     pieces,
+    printable,
     stack_sizes,
 )
 
@@ -169,7 +170,7 @@ class CheckpointReader:
         try:
             self.model = ModelConfig.from_fields(fields)
         except (ConfigError, TypeError) as error:
-            raise WeightsError(f"{folder / _STATE}: {error}") from error
+            raise WeightsError(f"{folder / _STATE}: {printable(str(error))}") from error
         if "host" in state:
             raise WeightsError(
                 f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} needs: give the checkpoint "
