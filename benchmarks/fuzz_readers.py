@@ -184,17 +184,27 @@ def _explained(found: dict[str, Tensor], original: Original, files: dict[str, by
 
 
 def _is_in(tensor: Tensor, files: list[bytes]) -> bool:
-    """Whether every row, or half row, or column stands in the files; also as float32 that was narrowed."""
+    """Whether every row, or every column, stands in the files; also as float32 that was narrowed."""
     matrix = tensor if tensor.dim() > 1 else tensor[None]
     for held in (matrix, matrix.transpose(-2, -1)):
         for dtype in {tensor.dtype, torch.float32}:
             data = bytes(as_bytes(held.to(dtype)))
-            for parts in (1, 2):  # ranks may have cut a matrix along its rows
-                size = max(1, held.shape[-1] // parts) * dtype.itemsize
-                pieces = [data[at : at + size] for at in range(0, len(data), size)]
-                if all(any(piece in file for file in files) for piece in pieces):
-                    return True
+            size = held.shape[-1] * dtype.itemsize
+            if all(_in_two_runs(data[at : at + size], files) for at in range(0, len(data), size)):
+                return True
     return False
+
+
+def _in_two_runs(row: bytes, files: list[bytes]) -> bool:
+    """Whether a row is in a file, or its beginning and its end are: records and ranks may cut it once."""
+    found, missing = 0, len(row) + 1
+    while missing - found > 1:  # the longest beginning that is there
+        middle = (found + missing) // 2
+        if any(row[:middle] in file for file in files):
+            found = middle
+        else:
+            missing = middle
+    return any(row[found:] in file for file in files)
 
 
 def _is_strided(tensor: Tensor, files: list[bytes]) -> bool:
@@ -394,12 +404,13 @@ def main() -> int:
     for name in names:
         results = fuzz(make_target(name, options.seed), num_mutations, options.jobs)
         rows.append(row(name, results))
-        failures += [{"reader": name, **result} for result in results if result["outcome"] == FAILED]
+        found = [{"reader": name, **result} for result in results if result["outcome"] == FAILED]
+        failures += found
         counts = " | ".join(f"{value:,}" for value in list(rows[-1].values())[1:])
         print(f"| {name} | {counts} |", flush=True)
+        for failure in found[:20]:
+            print(*failure.values(), file=sys.stderr, flush=True)
     print(f"\n{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    for failure in failures[:50]:
-        print(*failure.values(), file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "failures": failures}, indent=1))
     return int(bool(failures) or any(2 * row[REFUSED] < row["mutations"] for row in rows))

@@ -25,7 +25,7 @@ from torch import Tensor
 from ostro.errors import WeightsError
 from ostro.weights.mapped import MappedFile, Write, writing
 from ostro.weights.reshard import Box, GatheredFile, Shard, shared, whole
-from ostro.weights.store import TensorInfo, Where, printable
+from ostro.weights.store import TensorInfo, Where, as_bytes, printable
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -54,9 +54,7 @@ def open_tensors(folder: Path, prefix: str, *, is_partial: bool = False) -> Gath
     )
 
 
-def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterable[tuple[Box, Tensor]]]], rank: int = 0
-) -> None:
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterable[tuple[Box, Tensor]]]]) -> None:
     """Write tensors as the boxes that make them up, one box in memory at a time, and the metadata last."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -67,7 +65,7 @@ def write_tensors(
         TensorStorageMetadata,
     )
 
-    name_of_file = f"__{rank}_0.distcp"
+    name_of_file = "__0_0.distcp"
     entries: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     with writing(folder / name_of_file) as write:
@@ -76,8 +74,7 @@ def write_tensors(
             chunks = []
             for box, value in boxes:
                 offset = out.num_bytes
-                # A view would be saved with all it is a view of.
-                out.save(value.reshape(box.sizes).clone())
+                out.save(_alone(value.reshape(box.sizes)))
                 index = MetadataIndex(name, torch.Size(box.offsets), len(chunks))
                 storage[index] = _StorageInfo(name_of_file, offset, out.num_bytes - offset)
                 chunks.append(ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)))
@@ -85,6 +82,14 @@ def write_tensors(
             entries[name] = TensorStorageMetadata(properties, torch.Size(info.shape), chunks)
     with writing(folder / METADATA) as write:
         write(pickle.dumps(Metadata(entries, None, storage)))
+
+
+def _alone(value: Tensor) -> Tensor:
+    """Return the tensor over memory that is no more than its own: a view would be saved with all it is a view of."""
+    held = value.contiguous()
+    if not held.numel():
+        return held.clone()
+    return torch.frombuffer(as_bytes(held), dtype=held.dtype).view(held.shape)
 
 
 class _Counting:
