@@ -24,9 +24,19 @@ class Batch:
 
 
 def batch_of(
-    rows: Sequence[Row], device: torch.device, *, balance_scale: float = 0.0, stats_LS: Tensor | None = None
+    rows: Sequence[Row],
+    device: torch.device,
+    *,
+    balance_scale: float = 0.0,
+    stats_LS: Tensor | None = None,
+    draws_from: int | None = None,
 ) -> Batch:
-    """Lay rows one after another; each is a sequence, made of its documents."""
+    """Lay rows one after another; each is a sequence, made of its documents.
+
+    `draws_from` is the first token's number among all tokens of the training, which jitter is drawn from; None draws
+    none.
+    """
+    num_tokens = sum(len(row.tokens_L) for row in rows)
 
     def tensor(arrays: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device)
@@ -40,6 +50,7 @@ def batch_of(
             [len(row.tokens_L) for row in rows],
             balance_scale=balance_scale,
             stats_LS=stats_LS,
+            draws_T=None if draws_from is None else draws_from + torch.arange(num_tokens),
             device=device,
         ),
     )

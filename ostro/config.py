@@ -99,19 +99,31 @@ class Optim(Section):
 
 
 class Moe(Section):
-    """How the router is trained; the units are `model.settings.MoeConfig`'s."""
+    """The router and how it is trained; rules and units are `model.settings.MoeConfig`'s.
 
-    router: Literal["softmax"] = "softmax"
-    capacity_factor: None = None
-    drop: Literal["token"] = "token"
-    capacity_group: Literal["sequence"] = "sequence"
-    balance: Literal["sequence", "hf"] = "sequence"
-    router_aux_loss_coef: float = Field(default=0.02, ge=0)
-    z_loss_coef: float = Field(default=0.0, ge=0)
+    `router` sigmoid has a selection bias, which only training checkpoints have a place for.
+    """
+
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_jitter_noise: float = 0.0
+    bias_update_rate: float = 0.001
+    capacity_factor: float | None = None
+    drop: Literal["token", "choice", "probability"] = "token"
+    capacity_group: Literal["sequence", "rank"] = "sequence"
+    min_capacity: int = 0
+    capacity_multiple: int = 1
+    balance: Literal["sequence", "batch", "hf"] = "sequence"
+    router_aux_loss_coef: float = 0.02
+    z_loss_coef: float = 0.0
 
     def settings(self) -> MoeConfig:
-        """Return what the model is built with."""
-        return MoeConfig(self.router, self.balance, self.router_aux_loss_coef, self.z_loss_coef)
+        """Return how the model's router is trained; ConfigError for what means nothing."""
+        if self.router == "softmax" and self.bias_update_rate != MoeConfig.bias_update_rate:
+            raise ConfigError(
+                f"moe.bias_update_rate={self.bias_update_rate} means nothing with moe.router=softmax, which has no "
+                "selection bias: set moe.router=sigmoid, or leave this out."
+            )
+        return MoeConfig(**self.model_dump(exclude={"router"}))
 
 
 class Parallel(Section):
@@ -185,6 +197,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _agree(self) -> Config:
         train = self.train
+        if self.model.router != self.moe.router:
+            object.__setattr__(self, "model", dataclasses.replace(self.model, router=self.moe.router))
+        self.moe.settings()
         if self.moe.balance == "hf" and train.micro_batch_sequences < train.global_batch_sequences:
             raise ValueError(
                 "moe.balance=hf does not add up over micro-batches: set train.micro_batch_sequences="
@@ -201,6 +216,7 @@ class Config(Section):
         """Return the config as a recipe that gives it back."""
         fields = self.model_dump(mode="json", by_alias=True)
         fields["model"] = self.model.as_fields()
+        fields["model"].pop("router", None)  # which section moe says
         return yaml.safe_dump(fields, sort_keys=False)
 
 
@@ -212,10 +228,6 @@ _NOT_YET = {
     "train.compile": "torch.compile is not applied yet",
     "train.dtype": "this version computes in bf16 or fp32",
     "train.master_dtype": "this version keeps fp32 master weights",
-    "moe.capacity_factor": "this version is dropless",
-    "moe.drop": "this version is dropless",
-    "moe.capacity_group": "this version is dropless",
-    "moe.balance": "this version balances per sequence, or as Hugging Face does",
     "lora": "LoRA is not there yet",
     "parallel.schedule": "there is no pipeline yet",
     "parallel": "this version trains in one process, so every degree is 1",
@@ -385,6 +397,8 @@ def model_config(value: Any) -> ModelConfig:
     if not isinstance(value, dict):
         raise ConfigError(f"model={value!r} must be a preset, a folder with config.json, or fields.")
     fields = dict(value)
+    if "router" in fields:
+        raise ConfigError(f"model.router={fields['router']!r} is set in section moe: write moe.router.")
     base = _named(str(fields.pop("preset"))) if "preset" in fields else None
     fields = {name: _number(name, field) for name, field in fields.items()}
     if base is None:

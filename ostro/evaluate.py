@@ -38,6 +38,7 @@ def evaluate(model: Mixtral, shards: Sequence[Shards], seq_length: int) -> Evalu
     """Score every token of the shards exactly once, each document's first excepted.
 
     Rows of `seq_length` tokens are scored independently, so a token sees at most the tokens before it in its row.
+    No choice is dropped, whatever the capacity in training.
     """
     start = time.monotonic()
     loader = Loader(shards, seq_length=seq_length, shuffle=False, drop_last=False)
@@ -49,12 +50,15 @@ def evaluate(model: Mixtral, shards: Sequence[Shards], seq_length: int) -> Evalu
         device=device,
     )
     total, weight = 0.0, 0.0
+    was_training = model.training
+    model.eval()
     rows_at_once = max(1, _BATCH_TOKENS // seq_length)
     for first in range(0, loader.num_rows, rows_at_once):
         rows = [loader.row(i) for i in range(first, min(first + rows_at_once, loader.num_rows))]
         batch = batch_of(rows, device, stats_LS=stats_LS)
         total += model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T).item()
         weight += batch.weights_T.sum().item()
+    model.train(was_training)
     if not math.isfinite(total):
         raise TrainError("the loss of the evaluation is not finite: the weights are damaged or have diverged.")
     num_bytes = sum(shard.manifest.num_bytes for shard in shards)

@@ -85,6 +85,8 @@ class Metrics:
                     self._board.add_scalar(name, value, row["step"])
             for layer, loads in enumerate(row.get("expert_load", ())):
                 self._board.add_scalar(f"expert_load_max/{layer}", max(loads), row["step"])
+                for expert, load in enumerate(loads):
+                    self._board.add_scalar(f"expert_load/{layer}/{expert}", load, row["step"])
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -105,7 +107,11 @@ def _tensorboard(run_dir: Path, step: int) -> Any:
 
 
 class Progress:
-    """The progress line: step, loss, learning rate, tokens/s, share of the machine's rate, time left."""
+    """The progress line: step, loss, learning rate, routing, tokens/s, share of the machine's rate, time left.
+
+    Of the routing it says how busy the busiest expert of any layer is, over an even share, and what part of the
+    choices was dropped.
+    """
 
     def __init__(self, total_steps: int, log_every: int) -> None:
         self.total_steps, self.log_every = total_steps, log_every
@@ -123,6 +129,7 @@ class Progress:
         text = (
             f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
             + (f"held out {row['eval_loss']:.4f}  " if "eval_loss" in row else "")
+            + _routing(row)
             + f"{row['tokens_per_second']:,.0f} tokens/s  {row['mfu']:.0%} of the machine's rate  {_clock(left)} left"
         )
         if self.is_terminal:
@@ -135,6 +142,14 @@ class Progress:
         """Leave the renewing line, so that something else can be printed below it."""
         if self.is_terminal and is_main_rank():
             print(flush=True)
+
+
+def _routing(row: Mapping[str, Any]) -> str:
+    loads = row.get("expert_load", ())
+    if not loads:
+        return ""
+    text = f"busiest expert {max(max(layer) * len(layer) for layer in loads):.1f}×  "
+    return text + (f"dropped {row['drop_rate']:.1%}  " if row.get("drop_rate") else "")
 
 
 class ByteProgress:

@@ -14,13 +14,15 @@ from ostro.model.settings import ModelConfig
 
 
 def build_optimizer(module: nn.Module, model: ModelConfig, optim: Optim) -> torch.optim.AdamW:
-    """Return AdamW over the module's parameters, with its state allocated; decay falls on matrices only.
+    """Return AdamW over what requires a gradient, with its state allocated; decay falls on matrices only.
 
-    The state is there before the first step, so that a checkpoint can be read straight into it.
+    The router's selection bias is left alone: it has a rule of its own (`model.balance.update_bias`). The state is
+    there before the first step, so that a checkpoint can be read straight into it.
     """
     table = layout.table(model)
-    matrices = [p for name, p in module.named_parameters() if table[name].kind.is_matrix]
-    vectors = [p for name, p in module.named_parameters() if not table[name].kind.is_matrix]
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if table[name].kind.is_matrix]
+    vectors = [p for name, p in trained if not table[name].kind.is_matrix]
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": optim.weight_decay},
@@ -31,7 +33,7 @@ def build_optimizer(module: nn.Module, model: ModelConfig, optim: Optim) -> torc
         eps=optim.eps,
         fused=True,
     )
-    for parameter in module.parameters():
+    for _, parameter in trained:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
@@ -45,7 +47,7 @@ def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     tensors: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim.{name}.{key}"] = value
     return tensors
 

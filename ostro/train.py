@@ -28,6 +28,7 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.model import layout, routing
+from ostro.model.balance import update_bias
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
 from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
@@ -143,13 +144,13 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
         return RandomReader(config.model, config.train.seed)
     hints = Hints(strategy=Path(config.weights.strategy)) if config.weights.strategy else NO_HINTS
     if detect(path).startswith("mindspore"):  # which seldom says its model
-        hints = dataclasses.replace(hints, model=config.model)
+        hints = dataclasses.replace(hints, model=dataclasses.replace(config.model, router="softmax"))
     reader = open_reader(path, hints)
     differing = architecture_difference(config.model, reader.model)
     if differing is not None:
         name, ours, theirs = differing
         raise ConfigError(
-            f"weights.path={path} has {name}={theirs} and the config says model.{name}={ours}: "
+            f"weights.path={path} has {name}={theirs} and the config says {_section(name)}.{name}={ours}: "
             "set model to the folder the weights come from, or to the same values."
         )
     beside = tokenizer_beside(path)
@@ -159,6 +160,11 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
             "set data.tokenizer to the one of the weights and prepare the data with it."
         )
     return reader
+
+
+def _section(name: str) -> str:
+    """Return the section of a recipe in which a setting of the model stands."""
+    return "moe" if name == "router" else "model"
 
 
 def _check(config: Config, run_dir: Path, device: torch.device) -> None:
@@ -265,8 +271,16 @@ def train_step(run: Run) -> StepStats:
         device=run.device,
     )
     loss = torch.zeros((), dtype=torch.float32, device=run.device)
+    done = 0
     for micro in _micro_batches(rows, config.train.micro_batch_sequences):
-        batch = batch_of(micro, run.device, balance_scale=1.0 / num_tokens, stats_LS=stats_LS)
+        batch = batch_of(
+            micro,
+            run.device,
+            balance_scale=1.0 / num_tokens,
+            stats_LS=stats_LS,
+            draws_from=_draws_from(run, done) if config.moe.router_jitter_noise else None,
+        )
+        done += len(batch.tokens_T)
         part = model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T) / num_labels
         part.backward()
         loss += part.detach()
@@ -280,10 +294,21 @@ def train_step(run: Run) -> StepStats:
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    for layer, block in model.blocks.items():
+        bias_E = block.block_sparse_moe.gate.selection_bias
+        if bias_E is not None:
+            update_bias(bias_E, stats_LS[layer, : len(bias_E)], config.moe.bias_update_rate)
     run.step += 1
     lengths = [n for row in rows for n in row.document_lengths]
     flops = layout.training_flops(config.model, lengths)
     return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
+
+
+def _draws_from(run: Run, done: int) -> int:
+    """Return the number jitter is drawn from for the token after `done` of this step, other seeds far away."""
+    train = run.config.train
+    token = run.step * train.global_batch_sequences * run.config.data.seq_length + done
+    return (train.seed * 0x9E3779B97F4A7C15 + token) % (1 << 62)
 
 
 def _micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
@@ -327,7 +352,7 @@ def _loop(run: Run) -> Outcome:
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
     num_experts = run.config.model.num_local_experts
     means = stats.stats_LS[:, num_experts:].sum(dim=0) / (len(stats.stats_LS) * stats.num_tokens)
-    balance, z, entropy, confidence = means.tolist()
+    balance, z, entropy, confidence, dropped = means.tolist()
     return {
         "step": run.step,
         "loss": stats.loss,
@@ -341,6 +366,7 @@ def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dic
         "expert_load": expert_load(stats.stats_LS, num_experts),
         "router_entropy": entropy,
         "router_confidence": confidence,
+        "drop_rate": dropped / run.config.model.num_experts_per_tok,
         "seconds": seconds,
     }
 
@@ -413,8 +439,9 @@ def _data_state(run: Run) -> dict[str, Any]:
 def _resume(run: Run, folder: Path) -> None:
     """Restore step, weights, optimizer and RNG, or say what no longer agrees with the checkpoint."""
     state = dcp.read_state(folder)
+    before = {"router": "softmax", **state["model"]}
     for name, now, then in (
-        *((f"model.{k}", v, state["model"].get(k)) for k, v in run.config.model.as_fields().items()),
+        *((f"{_section(k)}.{k}", v, before.get(k)) for k, v in dataclasses.asdict(run.config.model).items()),
         *((k, v, state["data"].get(k)) for k, v in _data_state(run).items()),
     ):
         if now != then:
@@ -425,10 +452,10 @@ def _resume(run: Run, folder: Path) -> None:
     config = _settings(run)
     for section in ("train", "optim", "moe"):
         for key, value in config[section].items():
-            before = state["config"][section].get(key, value)
-            if value != before:
+            earlier = state["config"][section].get(key, value)
+            if value != earlier:
                 log.say(
-                    f"from step {state['step']} on, {section}.{key} is {value!r} instead of {before!r}", style="yellow"
+                    f"from step {state['step']} on, {section}.{key} is {value!r} instead of {earlier!r}", style="yellow"
                 )
     dcp.load(folder, state_tensors(run.model, run.optimizer))
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))

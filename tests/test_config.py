@@ -105,7 +105,6 @@ REFUSED = {
     "parallel.tp=2": r"parallel.tp=2 cannot be had: this version trains in one process",
     "lora.rank=8": r"cannot be had: LoRA is not there yet",
     "train.recompute=full": r"train.recompute='full' cannot be had: recomputing",
-    "moe.capacity_factor=1.1": r"moe.capacity_factor=1.1 cannot be had: this version is dropless",
     "weights.upcycle=true": r"weights.upcycle=True cannot be had",
     "optim.learning_rate=1e-5": r"optim.min_learning_rate=0.0012 is above learning_rate=1e-05, so the rate would rise",
     "optim.learning_rate=.inf": r"optim.learning_rate=inf is refused: input should be a finite number",

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ostro import device
 from ostro.model.attention import ATTENTION
+from ostro.model.kernels import fp8
 from ostro.model.mixtral import Mixtral
-from ostro.model.moe import run_experts, run_experts_grouped
+from ostro.model.moe import dispatch_grouped, dispatch_loop, run_experts, run_experts_grouped
+from ostro.model.routing import Routing, route_softmax
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import spans_of
 
@@ -110,3 +112,75 @@ def test_the_same_step_gives_the_same_bits(dtype: torch.dtype) -> None:
             assert all(torch.equal(first[name], again[name]) for name in first)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def layer(tokens: int, collapsed: bool = False) -> tuple[tuple[Tensor, ...], Routing]:
+    """Random rows, weights and routing weights, all leaves, and the routing; collapsed is to the first two experts."""
+    torch.manual_seed(0)
+    where = device.accelerator()
+    logits = torch.randn(tokens, 8, device=where)
+    if collapsed:
+        logits[:, :2] += 1000.0
+    routing = route_softmax(logits, 2)
+    weights = torch.rand(tokens, 2, device=where, requires_grad=True)
+    shapes = ((tokens, 256), (8, 2, 320, 256), (8, 256, 320))
+    x, w13, w2 = (torch.randn(s, device=where).mul(0.1).bfloat16().requires_grad_() for s in shapes)
+    return (x, w13, w2, weights), dataclasses.replace(routing, weights_TA=weights)
+
+
+@pytest.mark.parametrize("kernels_named", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("tokens", "collapsed", "dropping"), [(1, False, False), (257, True, False), (300, False, True)]
+)
+def test_the_layer_equals_the_oracle_in_fp32(kernels_named: str, tokens: int, collapsed: bool, dropping: bool) -> None:
+    leaves, routing = layer(tokens, collapsed)
+    x, w13, w2, weights = leaves
+    if dropping:
+        kept_TA = torch.rand_like(weights) < 0.6
+        routing = dataclasses.replace(routing, kept_TA=kept_TA, weights_TA=weights * kept_TA)
+    # What is allocated next lies where NaN was: an empty expert's gradient and unused rows must not show it.
+    poison = torch.full((64 << 20,), torch.nan, device=x.device, dtype=torch.bfloat16)
+    del poison
+    out = dispatch_grouped(x, routing, w13, w2, kernels_named)  # type: ignore[arg-type]
+    direction = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, direction, retain_graph=True)
+    wide = [t.detach().float().requires_grad_() for t in (x, w13, w2)]
+    exact = dispatch_loop(wide[0], routing, wide[1], wide[2])
+    exact_grads = torch.autograd.grad(exact, (*wide, weights), direction.float())
+    for fast, slow in zip((out, *grads), (exact, *exact_grads), strict=True):
+        assert fast.isfinite().all()
+        assert (fast.float() - slow).norm() <= 0.02 * slow.norm()
+
+
+@pytest.mark.parametrize("use_fp8", [False, True])
+@pytest.mark.parametrize("kernels_named", ["auto", "torch"])
+def test_the_host_never_waits(kernels_named: str, use_fp8: bool) -> None:
+    (x, w13, w2, weights), routing = layer(300)
+    direction = torch.randn_like(x)
+
+    def once() -> None:
+        out = dispatch_grouped(x, routing, w13, w2, kernels_named, use_fp8)  # type: ignore[arg-type]
+        torch.autograd.grad(out, (x, w13, w2, weights), direction)
+
+    once()  # compiling may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp8_products_equal_their_emulation() -> None:
+    torch.manual_seed(0)
+    where = device.accelerator()
+    ends = torch.tensor([100, 100, 129, 256], device=where, dtype=torch.int32)
+    a, b = (torch.randn(s, device=where).bfloat16() for s in ((256, 256), (4, 320, 256)))
+    if not fp8._is_offered(a):
+        pytest.skip("torch offers no grouped fp8 product on this GPU")
+    (qa, scale_a), (qb, scale_b) = fp8.quantize(a), fp8.quantize(b)
+    found = fp8.scaled_grouped_mm(qa, qb, scale_a, scale_b, ends).float()
+    exact = fp8.scaled_grouped_mm_emulated(qa, qb, scale_a, scale_b, ends)
+    assert (found - exact).norm() <= 0.01 * exact.norm()

@@ -42,6 +42,7 @@ V = Kind("model.layers.{layer}.self_attn.v_proj.weight", ("kv_heads", "model"))
 O = Kind("model.layers.{layer}.self_attn.o_proj.weight", ("model", "heads"))
 POST_NORM = Kind("model.layers.{layer}.post_attention_layernorm.weight", ("model",))
 GATE = Kind("model.layers.{layer}.block_sparse_moe.gate.weight", ("expert", "model"))
+SELECTION_BIAS = Kind("model.layers.{layer}.block_sparse_moe.gate.selection_bias", ("expert",))
 W13 = Kind("model.layers.{layer}.block_sparse_moe.experts.w13", ("expert", "half", "ffn", "model"))
 W2 = Kind("model.layers.{layer}.block_sparse_moe.experts.w2", ("expert", "model", "ffn"))
 NORM = Kind("model.norm.weight", ("model",))
@@ -75,7 +76,10 @@ def sizes(config: ModelConfig) -> dict[Dim, int]:
 
 
 def parameters(config: ModelConfig) -> Iterator[Parameter]:
-    """Yield every parameter in the model's order. With tied embeddings there is no `lm_head.weight`."""
+    """Yield every parameter in the model's order.
+
+    With tied embeddings there is no `lm_head.weight`; the sigmoid router has a selection bias, which Mixtral's has not.
+    """
     size = sizes(config)
 
     def parameter(kind: Kind, layer: int | None) -> Parameter:
@@ -85,6 +89,8 @@ def parameters(config: ModelConfig) -> Iterator[Parameter]:
     for layer in range(config.num_hidden_layers):
         for kind in LAYER_KINDS:
             yield parameter(kind, layer)
+            if kind is GATE and config.router == "sigmoid":
+                yield parameter(SELECTION_BIAS, layer)
     yield parameter(NORM, None)
     if not config.tie_word_embeddings:
         yield parameter(HEAD, None)

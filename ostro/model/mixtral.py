@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ostro.model import ops
 from ostro.model.attention import Attend, attend
+from ostro.model.balance import hf_balance
 from ostro.model.moe import MoE
-from ostro.model.routing import Routing, hf_balance
+from ostro.model.routing import Routing
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import Spans
 
@@ -66,12 +67,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer: attention and experts, each normed before and added after."""
 
-    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
+    def __init__(self, config: ModelConfig, moe: MoeConfig, layer: int = 0) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.block_sparse_moe = MoE(config, moe)
+        self.block_sparse_moe = MoE(config, moe, layer)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], spans: Spans) -> tuple[Tensor, Routing, Tensor]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, spans)
@@ -96,7 +97,7 @@ class Body(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config)
-        self.layers = nn.ModuleDict({str(i): Block(config, moe) for i in range(config.num_hidden_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, moe, i) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

@@ -6,19 +6,25 @@ by expert, so that each expert multiplies one contiguous slice, and gathers the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ostro import device
-from ostro.model import ops
-from ostro.model.routing import ROUTERS, Routing, count, sequence_balance, z_loss
+from ostro.model import kernels, ops
+from ostro.model.balance import SumCounts, alone, batch_balance, sequence_balance, z_loss
+from ostro.model.capacity import within_capacity
+from ostro.model.kernels.grouped import run_ordered
+from ostro.model.kernels.order import order_by_expert
+from ostro.model.routing import HAS_BIAS, ROUTERS, Routing, count, jitter
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import Spans
 
+Kernels = Literal["auto", "triton", "torch"]
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 
 
@@ -34,21 +40,36 @@ def dispatch_loop(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Te
     return out_TD
 
 
-def dispatch(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+def dispatch(
+    x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor, kernels_named: Kernels = "auto", use_fp8: bool = False
+) -> Tensor:
     """Send each token to its experts and return the weighted sum of their answers, [T, D].
 
-    Nothing is dropped. Rows are sorted stably, so the same routing gives the same bits.
+    Nothing is dropped. Rows are sorted stably, so the same routing gives the same bits. `kernels_named` and `use_fp8`
+    concern accelerators with grouped products alone: which passes lie between them (`kernels.choose`), and whether
+    the products' operands are rounded to fp8.
     """
+    if device.is_cuda(x_TD.device) and _can_group(x_TD, w13) and len(x_TD):
+        return dispatch_grouped(x_TD, routing, w13, w2, kernels_named, use_fp8)
     num_tokens, num_choices = routing.experts_TA.shape
     flat_N = routing.experts_TA.flatten()
     order_N = flat_N.argsort(stable=True)
     counts_E = torch.bincount(flat_N, minlength=len(w2))
-    run = run_experts_grouped if device.is_cuda(x_TD.device) and _can_group(x_TD, w13) else run_experts
-    y_ND = run(x_TD[order_N // num_choices], counts_E, w13.to(x_TD.dtype), w2.to(x_TD.dtype))
+    y_ND = run_experts(x_TD[order_N // num_choices], counts_E, w13.to(x_TD.dtype), w2.to(x_TD.dtype))
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     y_TAD = y_ND[place_N].view(num_tokens, num_choices, -1)
     return (y_TAD * routing.weights_TA[..., None].to(x_TD.dtype)).sum(dim=1)
+
+
+def dispatch_grouped(
+    x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor, kernels_named: Kernels = "auto", use_fp8: bool = False
+) -> Tensor:
+    """As `dispatch`, with one grouped product per projection: the host never waits, dropped choices cost nothing."""
+    order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
+    w13, w2 = w13.to(x_TD.dtype), w2.to(x_TD.dtype)
+    passes = kernels.choose(kernels_named, x_TD.device)
+    return run_ordered(x_TD, routing.weights_TA, order, w13, w2, passes, use_fp8)
 
 
 def run_experts(x_ND: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
@@ -133,35 +154,54 @@ class Experts(nn.Module):
 
 
 class Gate(nn.Module):
-    """The router's weight [E, D]."""
+    """The router's weight [E, D] and, where the router has one, the selection bias [E], which no gradient reaches."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+        self.selection_bias: nn.Parameter | None = None
+        if config.router in HAS_BIAS:
+            self.selection_bias = nn.Parameter(torch.zeros(config.num_local_experts), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD.float(), self.weight.float())
 
 
 class MoE(nn.Module):
-    """Route, dispatch, and let the balancing losses ride on the output."""
+    """Route, dispatch, and let the balancing losses ride on the output; `layer` is its number in the whole model.
 
-    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
+    Jitter and capacity are for training: in `eval()` every choice is served.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoeConfig, layer: int = 0) -> None:
         super().__init__()
-        self.config, self.moe = config, moe
+        self.config, self.moe, self.layer = config, moe, layer
         self.gate = Gate(config)
         self.experts = Experts(config)
         self.dispatch: Dispatch = dispatch
+        self.sum_counts: SumCounts = alone
 
     def forward(self, x_TD: Tensor, spans: Spans) -> tuple[Tensor, Routing, Tensor]:
         """Return the output [T, D], the routing, and this layer's statistics."""
-        routing = ROUTERS[self.moe.router](self.gate(x_TD), self.config.num_experts_per_tok)
+        chosen = self._chosen(x_TD, spans)
+        is_limited = self.training and self.moe.capacity_factor is not None
+        routing = within_capacity(chosen, spans, self.moe) if is_limited else chosen
         out_TD = self.dispatch(x_TD, routing, self.experts.w13, self.experts.w2)
-        balance, z = sequence_balance(routing, spans), z_loss(routing, spans)
+        # Losses and loads are of what the router asked for, dropped or not.
+        balance, z = sequence_balance(chosen, spans), z_loss(chosen, spans)
         if spans.balance_scale and torch.is_grad_enabled():
             scale = spans.balance_scale / self.config.num_hidden_layers
             loss = self.moe.z_loss_coef * z
             if self.moe.balance == "sequence":
                 loss = loss + self.moe.router_aux_loss_coef * balance
+            elif self.moe.balance == "batch":
+                loss = loss + self.moe.router_aux_loss_coef * batch_balance(chosen, spans, self.sum_counts)
             out_TD = ops.attach_loss(out_TD, scale * loss)
-        return out_TD, routing, count(routing, spans, balance, z)
+        counted = dataclasses.replace(chosen, kept_TA=routing.kept_TA)
+        return out_TD, routing, count(counted, spans, balance, z)
+
+    def _chosen(self, x_TD: Tensor, spans: Spans) -> Routing:
+        noise = self.moe.router_jitter_noise
+        if noise and self.training and spans.draws_T is not None:
+            x_TD = jitter(x_TD, spans.draws_T, self.layer, noise)
+        return ROUTERS[self.config.router](self.gate(x_TD), self.config.num_experts_per_tok, self.gate.selection_bias)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ostro.errors import ConfigError, nearest
 
-Router = Literal["softmax"]
-Balance = Literal["sequence", "hf"]
+Router = Literal["softmax", "sigmoid"]
+Drop = Literal["token", "choice", "probability"]
+CapacityGroup = Literal["sequence", "rank"]
+Balance = Literal["sequence", "batch", "hf"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, in the names of Hugging Face's `MixtralConfig`; the defaults are Mixtral-8x7B's."""
+    """The architecture, in the names of Hugging Face's `MixtralConfig`; the defaults are Mixtral-8x7B's.
+
+    `router` is no setting of theirs, since Mixtral's is `softmax`: `sigmoid` has one more parameter a layer, the
+    selection bias, and computes something else from the same weights.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -35,6 +41,7 @@ class ModelConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int | None = None
+    router: Router = "softmax"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -68,6 +75,7 @@ class ModelConfig:
             )
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"model.tie_word_embeddings={self.tie_word_embeddings!r} must be true or false.")
+        _require_one_of("model.router", self.router, Router)
         for name, least in (("sliding_window", 1), ("pad_token_id", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -113,8 +121,11 @@ class ModelConfig:
         return cls(**values)
 
     def as_fields(self) -> dict[str, Any]:
-        """Return all settings as a plain dict."""
-        return dataclasses.asdict(self)
+        """Return all settings as a plain dict; the router is named only where it is not Mixtral's own."""
+        fields = dataclasses.asdict(self)
+        if self.router == "softmax":
+            del fields["router"]
+        return fields
 
 
 def _hf_rope(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,16 +158,65 @@ _AT_LEAST_ONE = (
 )
 
 
+def _require_one_of(key: str, value: Any, words: Any) -> None:
+    if value not in get_args(words):
+        raise ConfigError(
+            f"{key}={value!r} is not one of {', '.join(get_args(words))}.{nearest(str(value), get_args(words))}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """How the router is trained.
+    """How the router is trained; none of it changes what a trained model computes.
 
     `router_aux_loss_coef` is in Hugging Face's unit: the balancing loss of a perfectly balanced layer is
     `num_experts_per_tok`, whatever the number of layers. MindFormers' 0.05 is 0.025 here. Whichever `balance` trains,
     the metrics' `aux_loss` is that of `sequence`: it adds up.
+
+    `capacity_factor` None drops nothing. Otherwise an expert takes, of a sequence or of all tokens of a micro-batch
+    (`capacity_group`), `factor` times an even share, at least `min_capacity`, rounded up to `capacity_multiple`; who
+    comes first is told by `drop` (see `capacity.py`). `router_jitter_noise` is Hugging Face's: the router's input is
+    multiplied by uniform(1 − noise, 1 + noise) in training. `bias_update_rate` moves the sigmoid router's selection
+    bias once a step. Raises ConfigError for values and combinations that mean nothing.
     """
 
-    router: Router = "softmax"
     balance: Balance = "sequence"
     router_aux_loss_coef: float = 0.02
     z_loss_coef: float = 0.0
+    capacity_factor: float | None = None
+    drop: Drop = "token"
+    capacity_group: CapacityGroup = "sequence"
+    min_capacity: int = 0
+    capacity_multiple: int = 1
+    router_jitter_noise: float = 0.0
+    bias_update_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name, words in (("balance", Balance), ("drop", Drop), ("capacity_group", CapacityGroup)):
+            _require_one_of(f"moe.{name}", getattr(self, name), words)
+        for name in ("router_aux_loss_coef", "z_loss_coef", "bias_update_rate", "router_jitter_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"moe.{name}={getattr(self, name)} must be a number of at least 0.")
+        if self.router_jitter_noise >= 1:
+            raise ConfigError(
+                f"moe.router_jitter_noise={self.router_jitter_noise} would turn the router's input around: "
+                "it must be less than 1, and 0.01 is usual."
+            )
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ConfigError(
+                f"moe.capacity_factor={self.capacity_factor} must be a number above 0, or null: null drops nothing."
+            )
+        for name, least in (("min_capacity", 0), ("capacity_multiple", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"moe.{name}={getattr(self, name)} must be a whole number of at least {least}.")
+        if self.capacity_factor is None:
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if field.name in _OF_CAPACITY and value != field.default:
+                    raise ConfigError(
+                        f"moe.{field.name}={value} means nothing while moe.capacity_factor is null, which drops "
+                        "nothing: set moe.capacity_factor too, or leave this out."
+                    )
+
+
+_OF_CAPACITY = ("drop", "capacity_group", "min_capacity", "capacity_multiple")

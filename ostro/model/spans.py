@@ -1,6 +1,6 @@
 """What the flat tokens of one micro-batch are: which document and sequence each belongs to, and at which position.
 
-A *document* bounds attention; a *sequence* bounds the balancing loss (and later capacity). The model takes
+A *document* bounds attention; a *sequence* bounds capacity and the balancing loss. The model takes
 `tokens_T` and a `Spans` and knows no batch dim: packing, prefill, decode and pipeline micro-batches are one shape.
 """
 
@@ -21,6 +21,7 @@ class Spans:
     positions_T: int64, place of each token in its document. document_lengths: tokens of each document, in order.
     document_starts: int32 [documents + 1], their cumulative sum. sequence_ids_T: int64, non-decreasing from 0.
     valid_T: bool, False for padding (routed, but counted in no statistic and no loss).
+    draws_T: int64, a number of its own for each token of a training, which jitter is drawn from; None draws none.
     balance_scale: 1 / valid tokens of the whole optimizer step, over all ranks and micro-batches; 0 adds no loss.
     stats_LS: float64 [layers, routing.num_stats], added to by the model outside recompute; None keeps none.
     experts_LTA: int64 [layers, T, A], filled by the model with each token's experts, best first; None keeps none.
@@ -35,6 +36,7 @@ class Spans:
     balance_scale: float = 0.0
     stats_LS: Tensor | None = None
     experts_LTA: Tensor | None = None
+    draws_T: Tensor | None = None
 
     @property
     def longest_document(self) -> int:
@@ -51,6 +53,7 @@ def spans_of(
     balance_scale: float = 0.0,
     stats_LS: Tensor | None = None,
     experts_LTA: Tensor | None = None,
+    draws_T: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Spans:
     """Describe documents that lie one after another.
@@ -77,4 +80,5 @@ def spans_of(
         balance_scale=balance_scale,
         stats_LS=stats_LS,
         experts_LTA=experts_LTA,
+        draws_T=None if draws_T is None else draws_T.to(device),
     )

@@ -38,7 +38,7 @@ from ostro.weights.gguf_file import (
 )
 from ostro.weights.gguf_vocabulary import add_vocabulary, vocabulary_of
 from ostro.weights.hf_config import SaveTokenizer
-from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, Where, cast
+from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, Where, cast, require_softmax
 from ostro.weights.stored import (
     AS_IT_IS,
     FileTensor,
@@ -163,6 +163,7 @@ def write(
     tokenizer.model is used. Returns sentences on what llama.cpp gets otherwise than the model has it. Raises
     WeightsError for a target that exists and values a type cannot hold, OutOfMemory for a full disk.
     """
+    require_softmax(reader.model, "gguf")
     package()  # before anything is prepared
     asked = _kind_named(quantization)
     model = reader.model

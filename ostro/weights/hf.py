@@ -26,7 +26,7 @@ from ostro.weights.identify import settle
 from ostro.weights.mapped import TensorFile
 from ostro.weights.pickle_file import SUFFIXES, PickleFile
 from ostro.weights.safetensors_file import SafetensorsFile, write_file
-from ostro.weights.store import NO_HINTS, Hints, Reader
+from ostro.weights.store import NO_HINTS, Hints, Reader, require_softmax
 from ostro.weights.stored import FileTensor, Source, StoredReader, file_tensors, streamed
 
 WHAT = "a Hugging Face checkpoint (config.json with model.safetensors or model.safetensors.index.json)"
@@ -97,6 +97,7 @@ def write(reader: Reader, path: Path, *, max_shard_bytes: int = 5_000_000_000, t
     `tokenizer` is a folder whose tokenizer files are copied, or a function that saves one into the folder it is
     given. Raises WeightsError for a target that is not empty, OutOfMemory for a full disk.
     """
+    require_softmax(reader.model, "hf")
     tensors = file_tensors(reader, source)
     shards = _shards(tensors, max_shard_bytes)
     num_bytes = sum(tensor.info.num_bytes for tensor in tensors.values())

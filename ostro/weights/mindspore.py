@@ -25,7 +25,7 @@ from ostro.weights.mapped import TensorFile
 from ostro.weights.mindspore_layout import MindSporeDegrees, strategies
 from ostro.weights.reshard import Box
 from ostro.weights.safetensors_file import SafetensorsFile, write_file
-from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo
+from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, require_softmax
 from ostro.weights.stored import (
     AS_IT_IS,
     TRANSPOSED,
@@ -200,6 +200,7 @@ def write(
     to write (all unless given). `optimizer` is the MindSpore checkpoint whose moments and scalars come along. Raises
     WeightsError for a target that exists, LayoutError for degrees that do not fit, OutOfMemory for a full disk.
     """
+    require_softmax(reader.model, "mindspore")
     dialect = Dialect(is_gmm, qkv_concat)
     tensors = file_tensors(reader, source_of(reader.model, dialect))
     if qkv_concat:

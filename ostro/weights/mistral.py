@@ -26,7 +26,7 @@ from ostro.weights.mapped import TensorFile
 from ostro.weights.pickle_file import SUFFIXES
 from ostro.weights.reshard import Box, GatheredFile, Shard
 from ostro.weights.safetensors_file import write_file
-from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, architecture_difference, same_bits
+from ostro.weights.store import NO_HINTS, Hints, Reader, TensorInfo, architecture_difference, require_softmax, same_bits
 from ostro.weights.stored import (
     AS_IT_IS,
     TRANSPOSED,
@@ -100,6 +100,7 @@ def write(reader: Reader, path: Path, *, tokenizer: SaveTokenizer = None) -> Seq
     their dtypes; it computes with weights of one dtype alone. `tokenizer` is a folder or a function that saves one
     into the folder it is given. Raises WeightsError for a target that is not empty, OutOfMemory for a full disk.
     """
+    require_softmax(reader.model, "mistral")
     tensors = file_tensors(reader, source_of(reader.model))
     if reader.model.tie_word_embeddings:
         embedding = tensors[_NAMES[layout.EMBEDDING]]

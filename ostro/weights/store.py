@@ -97,7 +97,7 @@ class ModuleReader:
 
 
 class RandomReader:
-    """Fresh weights, fp32: N(0, initializer_range), norms 1.
+    """Fresh weights, fp32: N(0, initializer_range), norms 1, the router's selection bias 0.
 
     Every value is a pure function of (seed, name, expert, half, row, column), so a slice drawn alone has the
     bits it has in the whole, on any rank of any layout.
@@ -120,6 +120,8 @@ class RandomReader:
         from ostro.weights.draw import normal_rows
 
         shape = self._table[name].shape
+        if self._table[name].kind is layout.SELECTION_BIAS:
+            return torch.zeros(shape)[where]
         if len(shape) == 1:
             return torch.ones(shape)[where]
         num_rows, num_columns = shape[-2:]
@@ -279,6 +281,15 @@ def match_shapes(source: str, held: Mapping[str, Shape], wanted: Mapping[str, Sh
         raise WeightsError(
             f"{source} holds {first} with shape {_times(held[first])} where the model has "
             f"{_times(wanted[first])}{count}: {advice or 'it belongs to another model'}."
+        )
+
+
+def require_softmax(model: ModelConfig, format: str) -> None:
+    """Raise WeightsError for a router that `format` cannot describe: its selection bias would be lost."""
+    if model.router != "softmax":
+        raise WeightsError(
+            f"the model's router is {model.router!r} with a selection bias, and the format {format} has a place only "
+            "for Mixtral's softmax router: keep it as dcp, or train with moe.router=softmax to export it."
         )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from ostro.model import layout
+from ostro.model.balance import hf_balance
 from ostro.model.mixtral import Mixtral
-from ostro.model.routing import hf_balance
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import spans_of
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ostro.model import routing
+from ostro.model.balance import sequence_balance
 from ostro.model.mixtral import Mixtral
 from ostro.model.moe import dispatch, dispatch_loop, run_experts, run_experts_grouped
 from ostro.model.routing import ROUTERS
@@ -74,7 +75,7 @@ def test_experts_in_bf16_stay_close_to_fp32() -> None:
 
 def _balance(logits: Tensor, lengths: list[int], valid: Tensor | None = None) -> Tensor:
     spans = spans_of(lengths, valid_T=valid)
-    return routing.sequence_balance(routing.route_softmax(logits, 2), spans)
+    return sequence_balance(routing.route_softmax(logits, 2), spans)
 
 
 def test_balance_is_top_k_when_perfect_and_experts_when_collapsed() -> None:
