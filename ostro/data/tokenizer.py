@@ -7,6 +7,7 @@ three characters, never the id of BOS.
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 import re
@@ -20,6 +21,8 @@ from ostro.errors import DataError, nearest
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer as Bpe
+
+    from ostro.data.fast import FastEncoder
 
 # The vocabularies of Mistral that the package mistral-common ships: 8x7B uses v1, 8x22B uses v3.
 _SHIPPED = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
@@ -91,6 +94,7 @@ class Tokenizer:
         self._bytes, self._errors, self._strip = _byte_table(spec, pieces, specials, name)
         # A long text is cut before newlines; what a cut adds in front (the prefix space) is dropped again.
         self._num_prefix = len(self._encode_group(["\n"])[0]) - 1 if cuts else None
+        self._encoder: FastEncoder | None = None
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of one text, with BOS before and EOS after it where asked for."""
@@ -104,8 +108,46 @@ class Tokenizer:
         """
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
+    @property
+    def spec(self) -> bytes:
+        """The vocabulary as a tokenizer.json."""
+        return self._files["tokenizer.json"]
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return what `encode_batch` does as uint32 arrays, which take a tenth of the memory."""
+        if self._encoder is None:
+            return self.encode_slowly(texts)
+        try:
+            return [self._encoder.encode(text) for text in texts]
+        except UnicodeEncodeError:
+            raise _half_a_pair() from None
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `hurry` found an encoder."""
+        return self._encoder is not None
+
+    def hurry(self) -> bool:
+        """From now on encode with gigatoken, if it is installed and gives this vocabulary's ids; say whether."""
+        from ostro.data.fast import fast_encoder
+
+        self._encoder = fast_encoder(self)
+        return self.is_fast
+
+    def slow(self) -> Tokenizer:
+        """Return the same tokenizer without the fast encoder."""
+        other = copy.copy(self)
+        other._encoder = None
+        return other
+
+    def agrees(self, texts: Sequence[str]) -> bool:
+        """Whether the fast encoder gives the ids that count for these texts."""
+        from ostro.data.fast import agrees
+
+        return self._encoder is None or agrees(self._encoder, self, texts)
+
+    def encode_slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids by the package tokenizers alone, which is what counts where anything faster differs."""
         import numpy as np
 
         pieces: list[list[np.ndarray]] = [[] for _ in texts]
@@ -170,9 +212,7 @@ class Tokenizer:
         try:
             encodings = self._bpe.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:  # what tokenizers says of a string that has no UTF-8
-            raise DataError(
-                "a text holds half of a surrogate pair, which no UTF-8 can express: remove the character."
-            ) from None
+            raise _half_a_pair() from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
@@ -198,6 +238,10 @@ class Stream:
             self._strip = False
             return text.removeprefix(" ")
         return text
+
+
+def _half_a_pair() -> DataError:
+    return DataError("a text holds half of a surrogate pair, which no UTF-8 can express: remove the character.")
 
 
 def _groups(segments: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

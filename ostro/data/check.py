@@ -1,0 +1,178 @@
+"""Reading everything before anything is trained on: every bad record named, and what the good ones will amount to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ostro.data import chat, sources
+from ostro.data.prepare import Settings
+from ostro.data.records import Chat, Message, Record, Text, Tokens
+from ostro.data.tokenizer import Tokenizer
+from ostro.errors import DataError
+
+_BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 1024
+
+
+@dataclasses.dataclass
+class Summary:
+    """What was read: `errors` are sentences, each beginning with file and line; `notes` what is good but not whole.
+
+    `num_over` counts records of more than `seq_length` tokens; duplicates are records equal to an earlier one.
+    """
+
+    seq_length: int
+    num_records: int = 0
+    num_tokens: int = 0
+    num_trained: int = 0
+    longest: int = 0
+    num_over: int = 0
+    num_duplicates: int = 0
+    errors: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, ids: np.ndarray, trained: np.ndarray | None) -> None:
+        """Count a record."""
+        self.num_records += 1
+        self.num_tokens += len(ids)
+        self.num_trained += len(ids) if trained is None else int(trained.sum())
+        self.longest = max(self.longest, len(ids))
+        self.num_over += len(ids) > self.seq_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A record as it will be learned: its text in pieces, each with whether it is trained."""
+
+    where: str
+    pieces: list[tuple[str, bool]]
+
+
+def check(
+    paths: Iterable[str | Path], tokenizer: Tokenizer, settings: Settings, seq_length: int, fix: Path | None = None
+) -> Summary:
+    """Read every record and count; with `fix` write the good ones there as JSON Lines, in their order.
+
+    Raises DataError for what is no source at all, or a `fix` that exists.
+    """
+    summary = Summary(seq_length)
+    seen: set[bytes] = set()
+    with _opened(fix) as out:
+        for batch in _batches(paths, settings, summary.errors):
+            refused: list[DataError] = []
+            for record, ids, trained, note in _rendered(batch, tokenizer, settings.template, refused):
+                summary.add(ids, trained)
+                if note:
+                    summary.notes.append(f"{record.where}: {note}")
+                key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+                summary.num_duplicates += key in seen
+                seen.add(key)
+                if out is not None:
+                    out.write(json.dumps(as_json(record), ensure_ascii=False) + "\n")
+            summary.errors += map(str, refused)
+    return summary
+
+
+def preview(
+    paths: Iterable[str | Path], tokenizer: Tokenizer, settings: Settings, count: int, max_chars: int = 4000
+) -> Iterator[Shown]:
+    """Yield the first records as they will be learned, each cut after `max_chars`."""
+    for unit in sources.units(paths, settings.kind, documents=settings.documents):
+        for record in sources.read(unit):
+            if count < 1:
+                return
+            count -= 1
+            if isinstance(record, Text):
+                yield Shown(record.where, [("<s>", True), (record.text[:max_chars], True), ("</s>", True)])
+            elif isinstance(record, Chat):
+                named = chat.load_template(settings.template or "auto", tokenizer)
+                yield Shown(record.where, chat.render(record, named, tokenizer).pieces)
+            else:
+                text = tokenizer.decode(record.ids[:max_chars].tolist())
+                yield Shown(record.where, [(text, True)])
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """Return a record as a line of JSON Lines that reads back the same."""
+    if isinstance(record, Text):
+        return {"text": record.text}
+    if isinstance(record, Tokens):
+        raise DataError(f"{record.where}: records of tokens have no text to write: leave --fix out.")
+    content: dict[str, Any] = {"messages": [_message(message) for message in record.messages]}
+    return content | ({"tools": list(record.tools)} if record.tools else {})
+
+
+def _message(message: Message) -> dict[str, Any]:
+    content: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.role == "assistant" and not message.trained:
+        content["weight"] = 0
+    if message.tool_calls:
+        content["tool_calls"] = [dict(call) for call in message.tool_calls]
+    for name in ("tool_call_id", "name"):
+        if getattr(message, name) is not None:
+            content[name] = getattr(message, name)
+    return content
+
+
+class _Nothing:
+    """Stands where no file is written."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _opened(path: Path | None) -> IO[str] | _Nothing:
+    if path is None:
+        return _Nothing()
+    try:
+        return path.open("x", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--fix {path} cannot be written ({error.strerror}): name a new file.") from None
+
+
+def _batches(paths: Iterable[str | Path], settings: Settings, errors: list[str]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    num_chars = 0
+    for unit in sources.units(paths, settings.kind, documents=settings.documents):
+        for item in sources.attempts(unit):
+            if isinstance(item, DataError):
+                errors.append(str(item))
+                continue
+            batch.append(item)
+            num_chars += len(item.text) if isinstance(item, Text) else 1000
+            if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_RECORDS:
+                yield batch
+                batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _rendered(
+    batch: Sequence[Record], tokenizer: Tokenizer, template: str | None, refused: list[DataError]
+) -> Iterator[tuple[Record, np.ndarray, np.ndarray | None, str]]:
+    """Yield each record that can be rendered, its ids, which are learned, and a note; the others go to `refused`."""
+    texts = [record for record in batch if isinstance(record, Text)]
+    ids_of = dict(zip(map(id, texts), tokenizer.encode_arrays([text.text for text in texts]), strict=True))
+    chats = [record for record in batch if isinstance(record, Chat)]
+    made = {}
+    if chats:
+        named = chat.load_template(template or "auto", tokenizer)
+        made = {one.where: one for one in chat.render_batch(chats, named, tokenizer, refused)}
+    for record in batch:
+        if isinstance(record, Text):
+            ends = np.array([tokenizer.bos_token_id], np.uint32), np.array([tokenizer.eos_token_id], np.uint32)
+            yield record, np.concatenate([ends[0], ids_of[id(record)], ends[1]]), None, ""
+        elif isinstance(record, Tokens):
+            yield record, record.ids, record.trained, ""
+        elif record.where in made:
+            one = made[record.where]
+            yield record, one.ids, one.trained, one.note

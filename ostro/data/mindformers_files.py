@@ -1,0 +1,67 @@
+"""What MindFormers' llama_preprocess.py writes: its records, as MindRecord, and which flag of its is which of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ostro.data import sources
+from ostro.data.mindformers import QaReport, qa_records, wiki_records
+from ostro.data.mindrecord import MindRecordWriter
+from ostro.data.tokenizer import Tokenizer
+from ostro.errors import DataError
+
+MODES = ("wiki", "qa")
+
+
+def mode_of(paths: Sequence[str | Path]) -> str:
+    """Return `qa` for conversations and Alpaca records, `wiki` for texts; DataError where they are mixed."""
+    kinds = {"qa" if sources.detect(path) in ("sharegpt", "alpaca", "messages") else "wiki" for path in paths}
+    if len(kinds) != 1:
+        raise DataError("MindFormers' preprocessing takes texts or conversations, not both: prepare them apart.")
+    return kinds.pop()
+
+
+def write_mindrecord(
+    paths: Sequence[str | Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int,
+    repeat: int = 1,
+    partitions: int = 1,
+    mode: str | None = None,
+) -> tuple[int, list[str]]:
+    """Write the records that MindFormers would, and return how many and what to say about them.
+
+    `out` is the file; its .db lies beside it. Rows hold seq_length + 1 tokens.
+    """
+    files = sources.expand(paths)
+    mode = mode or mode_of(files)
+    reports = [QaReport() for _ in files]
+    columns = ("input_ids",) if mode == "wiki" else ("input_ids", "labels")
+    makers: dict[str, Callable[[], Iterator[dict[str, np.ndarray]]]] = {
+        "wiki": lambda: (
+            {"input_ids": ids} for file in files for ids in wiki_records(file, tokenizer, seq_length, repeat)
+        ),
+        "qa": lambda: (
+            {"input_ids": ids, "labels": labels}
+            for file, report in zip(files, reports, strict=True)
+            for ids, labels in qa_records(file, tokenizer, seq_length, report)
+        ),
+    }
+    count = 0
+    with MindRecordWriter(out, columns, mode, partitions=partitions) as writer:
+        for row in makers[mode]():
+            writer.append({name: values.astype(np.int32) for name, values in row.items()})
+            count += 1
+        if not count:
+            raise DataError(
+                f"{files[0]}: no record of {seq_length + 1} tokens comes out of it: use a shorter --seq-length."
+            )
+    useless = sum(report.useless for report in reports)
+    truncated = sum(report.truncated for report in reports)
+    notes = [f"{useless} of {count} records train nothing, as in MindFormers"] if useless else []
+    return count, notes + ([f"{truncated} records were cut at {seq_length + 1} tokens"] if truncated else [])

@@ -1,0 +1,180 @@
+"""The verb `prepare`: what was asked on the command line, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ostro.data.prepare import Settings
+from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.errors import ConfigError, DataError, nearest
+from ostro.log import size
+
+_TARGETS = ("native", "mindrecord", "megatron")
+_STYLES = ("native", "mindformers")
+_SHOWN = 20  # bad records, the others are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked, in the words of the command line."""
+
+    sources: list[str]
+    out: Path | None = None
+    kind: str = "auto"
+    documents: str = "file"
+    template: str = "auto"
+    tokenizer: str = "v1"
+    style: str = "native"
+    to: str = "native"
+    seq_length: int | None = None
+    repeat: int = 1
+    partitions: int = 1
+    check: bool = False
+    fix: Path | None = None
+    preview: int = 0
+    workers: int | None = None
+    share: str | None = None
+
+
+def prepare(asked: Request, say: Callable[[str], None]) -> None:
+    """Do what was asked of the sources: check them, show some, or write them.
+
+    Raises ConfigError for options that do not go together, DataError for bad data (exit code 3).
+    """
+    _require_fitting(asked)
+    tokenizer = load_tokenizer(asked.tokenizer)
+    settings = Settings(asked.kind, asked.documents, asked.template)
+    if asked.preview:
+        _preview(asked, tokenizer, settings)
+    if asked.check or asked.fix is not None:
+        _check(asked, tokenizer, settings, say)
+    if asked.out is None:
+        return
+    start = time.perf_counter()
+    if asked.style == "mindformers":
+        _as_mindformers(asked, asked.out, tokenizer, say)
+    elif asked.to == "megatron":
+        _to_megatron(asked, asked.out, tokenizer, settings, say)
+    else:
+        _native(asked, asked.out, tokenizer, settings, say, start)
+
+
+def _require_fitting(asked: Request) -> None:
+    for word, known, option in ((asked.to, _TARGETS, "to"), (asked.style, _STYLES, "style")):
+        if word not in known:
+            raise ConfigError(f"--{option} {word} is not one of {', '.join(known)}.{nearest(word, known)}")
+    if asked.out is None and not (asked.check or asked.fix or asked.preview):
+        raise ConfigError("there is nothing to do: give --out DIR, or --check, or --preview N.")
+    if (asked.to == "mindrecord") != (asked.style == "mindformers"):
+        raise ConfigError(
+            "--style mindformers and --to mindrecord go together: its records are padded and cut for them."
+        )
+    if asked.style == "mindformers" and asked.seq_length is None:
+        raise ConfigError("--style mindformers makes records of one length: give --seq-length (MindFormers' is 2048).")
+    if (asked.repeat != 1 or asked.partitions != 1) and asked.style != "mindformers":
+        raise ConfigError("--repeat and --partitions are for --style mindformers: leave them out.")
+
+
+def _native(
+    asked: Request, out: Path, tokenizer: Tokenizer, settings: Settings, say: Callable[[str], None], start: float
+) -> None:
+    from ostro.data.prepare import prepare as run
+
+    manifest = run(
+        asked.sources, out, tokenizer=tokenizer, settings=settings, workers=asked.workers, share=_share(asked.share)
+    )
+    seconds = time.perf_counter() - start
+    if manifest is None:
+        say(f"{out}: share {asked.share} is done; the last share to end puts the folder together")
+        return
+    say(
+        f"{out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens of {manifest.num_bytes:,} bytes, "
+        f"{manifest.num_tokens / seconds:,.0f} tokens/s"
+    )
+    if manifest.num_trained < manifest.num_tokens:
+        say(f"  {manifest.num_trained / manifest.num_tokens:.1%} of the tokens are learned")
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    index, _, count = text.partition("/")
+    if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in (index, count)):
+        raise ConfigError(f"--shard {text!r} must be i/n, counted from 0: --shard 0/4.")
+    if not 0 <= int(index) < int(count):
+        raise ConfigError(f"--shard {text}: shares are counted from 0 to {int(count) - 1}.")
+    return int(index), int(count)
+
+
+def _as_mindformers(asked: Request, out: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    from ostro.data.mindformers_files import write_mindrecord
+
+    assert asked.seq_length is not None
+    tokenizer.hurry()
+    count, notes = write_mindrecord(
+        asked.sources, out, tokenizer, seq_length=asked.seq_length, repeat=asked.repeat, partitions=asked.partitions
+    )
+    say(f"{out}: {count:,} records of {asked.seq_length + 1} tokens")
+    for note in notes:
+        say(f"  {note}")
+
+
+def _to_megatron(
+    asked: Request, out: Path, tokenizer: Tokenizer, settings: Settings, say: Callable[[str], None]
+) -> None:
+    from ostro.data import sources
+    from ostro.data.megatron import MegatronWriter
+    from ostro.data.prepare import encoded
+
+    tokenizer.hurry()
+    count = 0
+    with MegatronWriter(out, "uint16" if tokenizer.vocab_size < 65500 else "int32") as writer:
+        for unit in sources.units(asked.sources, asked.kind, documents=asked.documents):
+            for record in sources.read(unit):
+                writer.append(encoded([record], tokenizer, settings.template)[0][0])
+                count += 1
+    say(f"{out}.bin and {out}.idx: {count:,} documents")
+
+
+def _check(asked: Request, tokenizer: Tokenizer, settings: Settings, say: Callable[[str], None]) -> None:
+    from ostro.data.check import check
+
+    tokenizer.hurry()
+    length = asked.seq_length or 4096
+    start = time.perf_counter()
+    found = check(asked.sources, tokenizer, settings, length, asked.fix)
+    for error in found.errors[:_SHOWN]:
+        say(error)
+    if len(found.errors) > _SHOWN:
+        say(f"… and {len(found.errors) - _SHOWN} more bad records")
+    share = found.num_trained / found.num_tokens if found.num_tokens else 0.0
+    say(
+        f"{found.num_records:,} good records, {found.num_tokens:,} tokens, the longest {found.longest:,}; "
+        f"{found.num_over:,} are longer than {length:,}; {share:.1%} of the tokens are learned; "
+        f"{found.num_duplicates:,} repeat an earlier one; {len(found.errors):,} are bad"
+    )
+    say(
+        f"about {-(-found.num_tokens // length):,} rows of {length:,} tokens an epoch; read in {time.perf_counter() - start:.1f} s"
+    )
+    for note in found.notes[:3]:
+        say(f"  {note}")
+    if asked.fix is not None:
+        say(f"wrote the good ones to {asked.fix}, {size(asked.fix.stat().st_size)}")
+    if found.errors:
+        raise DataError(f"{len(found.errors)} records are bad: mend them, or take the good ones with --fix FILE.")
+
+
+def _preview(asked: Request, tokenizer: Tokenizer, settings: Settings) -> None:
+    import rich
+    from rich.text import Text
+
+    from ostro.data.check import preview
+
+    for shown in preview(asked.sources, tokenizer, settings, asked.preview):
+        line = Text(f"{shown.where}\n", "bold")
+        for text, trained in shown.pieces:
+            line.append(text, "green" if trained else "dim")
+        rich.print(line, "\n")
