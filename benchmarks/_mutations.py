@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
+import math
 import pickletools
 import re
 from collections.abc import Callable
@@ -42,6 +44,11 @@ class File:
     fields: tuple[Field, ...]
     resealed: tuple[Resealed, ...] = ()
 
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """The bytes of its structure."""
+        return sum(field.stop - field.start for field in self.fields)
+
 
 class Mutation(NamedTuple):
     """What was done, and the files that differ by it; None for one that was removed."""
@@ -56,7 +63,7 @@ def mutate(files: dict[str, File], random: Random) -> Mutation:
         if len(files) > 1 and random.random() < 0.04:
             mutation = _mutate_folder(files, random)
         else:
-            name = random.choice(list(files))
+            (name,) = random.choices(list(files), [math.sqrt(file.num_bytes) for file in files.values()])
             file = files[name]
             if file.resealed and random.random() < 0.4:
                 kind, data = "resealed", random.choice(file.resealed)(random)
@@ -239,9 +246,9 @@ _ODD += ["", "1", "\ud800", "a\0b", "two\nlines", "../other", "/", ".", "x" * 30
 _RAWS = ("[" * 100_000, "9" * 5000, "1e999", "-", "tru", '{"a":1,"a":2}', "{" * 3, '"\\ud800"', "0" * 20)
 
 
-def mutate_json(content: Any, random: Random) -> bytes:
+def mutate_json(text: bytes, random: Random) -> bytes:
     """Return a JSON document with one value, key or pair in it changed, removed, doubled or swapped."""
-    content = copy.deepcopy(content)
+    content = json.loads(text)
     places = list(_places(content))
     if not places:
         return json.dumps(random.choice(_ODD)).encode()
@@ -319,7 +326,7 @@ def encode_nodes(nodes: list[Node]) -> bytes:
 
 def mutate_nodes(nodes: list[Node], random: Random) -> bytes:
     """Return a message with one field in it changed, removed, doubled, moved or renumbered."""
-    nodes = copy.deepcopy(nodes)
+    nodes = _copied(nodes)
     holders = [nodes, *_holders(nodes)]
     holder = random.choice(holders)
     at = random.randrange(len(holder))
@@ -345,6 +352,10 @@ def mutate_nodes(nodes: list[Node], random: Random) -> bytes:
     else:
         random.shuffle(node[2])
     return encode_nodes(nodes)
+
+
+def _copied(nodes: list[Node]) -> list[Node]:
+    return [[number, wire, _copied(value) if isinstance(value, list) else value] for number, wire, value in nodes]
 
 
 def _holders(nodes: list[Node]) -> Any:

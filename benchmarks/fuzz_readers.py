@@ -1,4 +1,4 @@
-"""Damage checkpoints of every format where they say what they hold, and open them: refused, read correctly, or a failure.
+"""Damage checkpoints of every format where they say what they hold, and open them: refused, read, or a failure.
 
     python benchmarks/fuzz_readers.py            # 10,000 mutations a reader
     python benchmarks/fuzz_readers.py --quick    # 300
@@ -21,7 +21,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import sys
 import tempfile
@@ -119,24 +118,36 @@ def _slices(shape: tuple[int, ...]) -> Iterator[Where]:
 
 def judge(target: Target, original: Original, files: dict[str, bytes], folder: Path) -> tuple[str, str]:
     """Open and read what lies in a folder; return the outcome, and what there is to say about it."""
+    before = _peak_bytes()
+    answer = _answer(target, folder)
+    grown = _peak_bytes() - before
+    if grown > GROWTH_BYTES + sum(map(len, files.values())):
+        return FAILED, f"it took {grown >> 20} MiB"
+    if isinstance(answer, WeightsError):
+        return _refused(answer)
+    model, found = answer
+    if model == original.model and all(same_bits(found[name], original.tensors[name]) for name in found):
+        return CORRECT, ""
+    return EXPLAINED, _explained(found, original, files)
+
+
+def _answer(target: Target, folder: Path) -> tuple[ModelConfig, dict[str, Tensor]] | WeightsError:
+    """Return what a folder is read as, in time."""
     signal.setitimer(signal.ITIMER_REAL, target.seconds)
     try:
         reader = target.open(folder / target.sample.path, target.sample.hints)
         found = read_all(reader)
-    except WeightsError as error:
-        return _refused(error)
-    else:
         if isinstance(reader, StoredReader):
             try:
-                reader.certify()  # may still refuse what was read; it is not what opening asks for
+                reader.certify()  # may still refuse what was read, in a sentence; opening does not ask for it
             except WeightsError as error:
                 if _refused(error)[0] == FAILED:
-                    return _refused(error)
+                    return error
+    except WeightsError as error:
+        return error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    if reader.model == original.model and all(same_bits(found[name], original.tensors[name]) for name in found):
-        return CORRECT, ""
-    return EXPLAINED, _explained(found, original, files)
+    return reader.model, found
 
 
 def _refused(error: WeightsError) -> tuple[str, str]:
@@ -173,17 +184,27 @@ def _explained(found: dict[str, Tensor], original: Original, files: dict[str, by
 
 
 def _is_in(tensor: Tensor, files: list[bytes]) -> bool:
-    """Whether every row, or half row, or column stands in the files; also as float32 that was narrowed."""
+    """Whether every row, or every column, stands in the files; also as float32 that was narrowed."""
     matrix = tensor if tensor.dim() > 1 else tensor[None]
     for held in (matrix, matrix.transpose(-2, -1)):
         for dtype in {tensor.dtype, torch.float32}:
             data = bytes(as_bytes(held.to(dtype)))
-            for parts in (1, 2):  # ranks may have cut a matrix along its rows
-                size = max(1, held.shape[-1] // parts) * dtype.itemsize
-                pieces = [data[at : at + size] for at in range(0, len(data), size)]
-                if all(any(piece in file for file in files) for piece in pieces):
-                    return True
+            size = held.shape[-1] * dtype.itemsize
+            if all(_in_two_runs(data[at : at + size], files) for at in range(0, len(data), size)):
+                return True
     return False
+
+
+def _in_two_runs(row: bytes, files: list[bytes]) -> bool:
+    """Whether a row is in a file, or its beginning and its end are: records and ranks may cut it once."""
+    found, missing = 0, len(row) + 1
+    while missing - found > 1:  # the longest beginning that is there
+        middle = (found + missing) // 2
+        if any(row[:middle] in file for file in files):
+            found = middle
+        else:
+            missing = middle
+    return any(row[found:] in file for file in files)
 
 
 def _is_strided(tensor: Tensor, files: list[bytes]) -> bool:
@@ -263,15 +284,12 @@ def run_one(target: Target, original: Original, folder: Path, index: int) -> dic
     _write(folder, mutation.changed)
     whole = target.sample.others | {name: file.data for name, file in target.sample.files.items()}
     files = {name: data for name, data in (whole | mutation.changed).items() if data is not None}
-    before = _peak_bytes()
     try:
         outcome, said = judge(target, original, files, folder)
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        outcome, said = FAILED, f"{type(error).__name__}: {str(error)[:300]} ({Path(place.filename).name}:{place.lineno})"
-    grown = _peak_bytes() - before
-    if outcome == REFUSED and grown > GROWTH_BYTES + sum(map(len, files.values())):
-        outcome, said = FAILED, f"it took {grown >> 20} MiB: {said}"
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        outcome, said = FAILED, f"{type(error).__name__}: {str(error)[:300]} ({where})"
     _write(folder, {name: target.sample.files[name].data for name in mutation.changed})
     return {"index": index, "outcome": outcome, "what": mutation.what, "said": said}
 
@@ -386,12 +404,13 @@ def main() -> int:
     for name in names:
         results = fuzz(make_target(name, options.seed), num_mutations, options.jobs)
         rows.append(row(name, results))
-        failures += [{"reader": name, **result} for result in results if result["outcome"] == FAILED]
+        found = [{"reader": name, **result} for result in results if result["outcome"] == FAILED]
+        failures += found
         counts = " | ".join(f"{value:,}" for value in list(rows[-1].values())[1:])
         print(f"| {name} | {counts} |", flush=True)
+        for failure in found[:20]:
+            print(*failure.values(), file=sys.stderr, flush=True)
     print(f"\n{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    for failure in failures[:50]:
-        print(*failure.values(), file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "failures": failures}, indent=1))
     return int(bool(failures) or any(2 * row[REFUSED] < row["mutations"] for row in rows))

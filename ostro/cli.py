@@ -258,24 +258,23 @@ def download(
 def verify(
     a: Model,
     b: Model,
+    from_: Annotated[str | None, typer.Option("--from", help="The format of one, where it is not seen.")] = None,
     model: Annotated[str | None, typer.Option(help="A preset or a config.json, where sizes do not tell.")] = None,
+    strategy: Annotated[Path | None, typer.Option(help="MindSpore's strategy files, where not beside.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which step; the newest whole one unless given.")] = None,
 ) -> None:
     """Compare two checkpoints tensor by tensor, then their logits on a fixed input; exit 5 if they differ."""
     from ostro.errors import WeightsError
     from ostro.inspection import hints_of
     from ostro.verify import verify as run_verify
 
-    result = run_verify(a, b, hints_of(None, model, None, None).model)
+    result = run_verify(a, b, hints_of(from_, model, strategy, step))
     for row in result.differences:
-        typer.echo(
-            f"{row.kind:<62} {row.num_tensors:>4}  "
-            + (
-                "equal"
-                if row.equal_bits
-                else f"differs by {row.max_absolute:.3g} ({row.max_relative:.2g} of the largest)"
-            )
-        )
-    typer.echo(f"logits differ by {result.logits:.3g}")
+        word = "equal" if row.equal_bits else "equal values, another dtype"
+        if not row.is_same:
+            word = f"differs by {row.max_absolute:.3g} ({row.max_relative:.2g} of the largest)"
+        typer.echo(f"{row.kind:<62} {row.num_tensors:>4}  {word}")
+    typer.echo(result.reason if result.logits is None else f"logits differ by {result.logits:.3g}")
     if not result.is_equal:
         raise WeightsError(f"{a} and {b} do not hold the same values.")
 

@@ -10,20 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ostro import log, weights
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.degrees import Degrees, host_ranks, parse
-from ostro.errors import ConfigError, Error, nearest
+from ostro.errors import ConfigError, DataError, Error, nearest
 from ostro.inspection import described, hints_of
 from ostro.log import size
 from ostro.model.settings import ModelConfig
 from ostro.serve.engine import tokenizer_beside, torch_dtype
-from ostro.weights import CastReader, Reader, Where
+from ostro.weights import Reader
 from ostro.weights.mindspore_layout import MindSporeDegrees
 
-_SUFFIXES = {".ckpt": "mindspore", ".gguf": "gguf"}
+# Which formats a target of this suffix is a file of; without --to the first is meant.
+_FILES = {
+    ".ckpt": ("mindspore", "mindspore-gmm"),
+    ".safetensors": ("mindspore", "mindspore-gmm"),
+    ".gguf": ("gguf",),
+}
 _BUILT_IN = {32000: "v1", 32768: "v3"}  # the vocabularies whose tokenizer mistral-common brings along
 _LAYOUTS: dict[str, type[Degrees] | type[MindSporeDegrees]] = {
     "dcp": Degrees,
@@ -68,29 +71,44 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
     Raises ConfigError for options that do not go together, WeightsError and OutOfMemory as the formats do: the target
     is then as it was before.
     """
-    to = asked.to or _SUFFIXES.get(asked.target.suffix, "hf")
+    to = asked.to or _FILES.get(asked.target.suffix, ("hf",))[0]
     _require_fitting(asked, to)
     reader = weights.open_reader(asked.source, hints_of(asked.format, asked.model, asked.strategy, asked.step))
     say(f"{asked.source}: {described(reader)}")
     for note in reader.notes:
         say(f"  {note}")
-    words = _tokenizer(asked, reader.model)
-    settings = _settings(asked, to, reader, words)
-    if asked.dtype:
-        reader = CastReader(reader, torch_dtype(asked.dtype), keep_fp32=asked.keep_fp32)
-    watched = _Watched(reader)
+    words, told = _tokenizer(asked, reader.model)
+    for stale in asked.target.parent.glob(f"{asked.target.name}.partial-*"):
+        say(f"  {stale} is left of a conversion that was killed: remove it")
+    progress = _Progress(None if asked.layout else sum(info.num_bytes for info in reader.names().values()))
     start = time.perf_counter()
-    with _interruptible(watched, asked.target, say):
-        made = weights.convert(watched, asked.target, to=to, **settings)
+    with _interruptible(progress, asked.target, say):
+        made = weights.convert(
+            reader,
+            asked.target,
+            to=to,
+            dtype=torch_dtype(asked.dtype) if asked.dtype else None,
+            keep_fp32=asked.keep_fp32,
+            verify=asked.verify,
+            on_read=progress.show,
+            **_settings(asked, to, reader, words),
+        )
     seconds = time.perf_counter() - start
-    say(f"wrote {asked.target} as {to}, {size(watched.num_bytes)} of tensors in {seconds:.1f} s")
-    if words is None and not asked.target.is_file():
-        say("  without a tokenizer: none that fits lies beside the source; name one with --tokenizer")
-    for note in made.notes:
+    say(f"wrote {asked.target} as {to}, {size(_bytes_of(asked.target))} in {seconds:.1f} s")
+    for note in (*([told] if not _is_bare(asked, to) else []), *made.notes):
         say(f"  {note}")
-    if asked.verify:
-        sha256 = weights.prove(reader, asked.target, to, **settings)
-        say(f"  read back and compared: every bit is as meant, sha256 of all tensors {sha256}")
+    if made.sha256:
+        say(f"  read back and compared: every bit is as meant, sha256 of all tensors {made.sha256}")
+
+
+def _is_bare(asked: Request, to: str) -> bool:
+    """Whether the target is a file that tensors alone go into."""
+    return to.startswith("mindspore") and asked.target.suffix in _FILES
+
+
+def _bytes_of(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _require_fitting(asked: Request, to: str) -> None:
@@ -98,7 +116,7 @@ def _require_fitting(asked: Request, to: str) -> None:
     if to not in writable:
         raise ConfigError(f"--to {to} is not one of {', '.join(writable)}.{nearest(to, writable)}")
     for option, formats in _ONLY.items():
-        if getattr(asked, option) and to not in formats:
+        if getattr(asked, option) not in (None, False) and to not in formats:
             raise ConfigError(
                 f"--{option.replace('_', '-')} is for {' and '.join(formats)}, not for {to}: leave it out."
             )
@@ -108,14 +126,17 @@ def _require_fitting(asked: Request, to: str) -> None:
         raise ConfigError("--host says whose part of a --layout to write: give --layout too.")
     if asked.host and asked.verify:
         raise ConfigError("--verify reads a whole checkpoint back, and --host writes a part: give one of the two.")
-    if asked.target.suffix in _SUFFIXES and not to.startswith(_SUFFIXES[asked.target.suffix]):
-        raise ConfigError(f"{asked.target} names a {_SUFFIXES[asked.target.suffix]} file, --to {to} writes a folder.")
+    formats = _FILES.get(asked.target.suffix)
+    if formats is not None and to not in formats:
+        raise ConfigError(f"{asked.target} names a file of {formats[0]}, --to {to} is for a folder: name one.")
+    if asked.tokenizer and _is_bare(asked, to):
+        raise ConfigError(f"--tokenizer is for folders, and {asked.target} is a file of tensors alone: leave it out.")
 
 
 def _settings(asked: Request, to: str, reader: Reader, words: Tokenizer | Path | None) -> dict[str, Any]:
     """Return the settings of the format's `write`."""
     settings: dict[str, Any] = {"tokenizer": words.save if isinstance(words, Tokenizer) else words}
-    if asked.layout:
+    if asked.layout is not None:
         degrees = settings["degrees"] = parse(asked.layout, _LAYOUTS[to])
         degrees.check(reader.model)
         if asked.host:
@@ -137,13 +158,13 @@ def _settings(asked: Request, to: str, reader: Reader, words: Tokenizer | Path |
 
 def _host(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(count)):
+    if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in (index, count)) or not int(count):
         raise ConfigError(f"--host {text!r} must be i/n, hosts counted from 0: --host 0/2.")
     return int(index), int(count)
 
 
-def _tokenizer(asked: Request, model: ModelConfig) -> Tokenizer | Path | None:
-    """Return the tokenizer that goes along: as asked, the source's own, or the one of the vocabulary's size."""
+def _tokenizer(asked: Request, model: ModelConfig) -> tuple[Tokenizer | Path | None, str]:
+    """Return the tokenizer that goes along, and what to say: as asked, the source's own, or the vocabulary's."""
     if asked.tokenizer is not None:
         words = load_tokenizer(asked.tokenizer)
         if words.vocab_size > model.vocab_size:
@@ -151,68 +172,64 @@ def _tokenizer(asked: Request, model: ModelConfig) -> Tokenizer | Path | None:
                 f"--tokenizer {asked.tokenizer} has {words.vocab_size} pieces and the model {model.vocab_size}: they "
                 "do not belong together."
             )
-        return words
+        return words, f"with the tokenizer {words.name}"
     folder = weights.tokenizer_folder(Path(asked.source))
-    if folder is not None:
-        return folder
-    found = tokenizer_beside(asked.source)
-    if found is None and model.vocab_size in _BUILT_IN:
-        found = load_tokenizer(_BUILT_IN[model.vocab_size])
-    return found if found is not None and found.vocab_size <= model.vocab_size else None
+    try:
+        found = tokenizer_beside(asked.source)
+    except DataError as error:
+        return folder, f"with the source's tokenizer files as they are: {error}"
+    if found is not None and found.vocab_size <= model.vocab_size:
+        return folder or found, "with the source's own tokenizer"
+    if found is not None:
+        return None, (
+            f"without a tokenizer: the source's has {found.vocab_size} pieces and the model {model.vocab_size}; name "
+            "another with --tokenizer"
+        )
+    if model.vocab_size in _BUILT_IN:
+        words = load_tokenizer(_BUILT_IN[model.vocab_size])
+        return words, f"with Mixtral's tokenizer {words.name}, since the vocabulary has {model.vocab_size} pieces"
+    return None, "without a tokenizer: none lies beside the source; name one with --tokenizer"
 
 
-class _Watched:
-    """A reader that shows how far it was read."""
+class _Progress:
+    """How far a conversion is, shown and remembered."""
 
-    def __init__(self, source: Reader) -> None:
-        self.format, self.model, self.notes = source.format, source.model, source.notes
-        self.num_bytes, self.name = 0, ""
-        self._source = source
-        self._infos = source.names()
-        self._total = sum(info.num_bytes for info in self._infos.values())
-        self._line = log.ByteProgress(self._total, "converted")
+    def __init__(self, total_bytes: int | None) -> None:
+        self.name = ""
+        self._num_bytes = 0
+        self._line = log.ByteProgress(total_bytes, "converted")
+        self.close = self._line.close
 
-    def names(self) -> Any:
-        """Return the source's tensors."""
-        return self._infos
+    def show(self, name: str, num_bytes: int) -> None:
+        """Note the tensor that is read now, and the bytes before it."""
+        self.name, self._num_bytes = name, num_bytes
+        self._line.show(num_bytes)
 
-    def read(self, name: str, where: Where = ()) -> Tensor:
-        """Read, and show."""
-        value = self._source.read(name, where)
-        self.num_bytes += value.nbytes
-        self.name = name
-        self._line.show(self.num_bytes)
-        return value
-
-    @property
-    def so_far(self) -> str:
-        """Where it is, for an error."""
-        return f"it stopped at {self.name}, after {size(self.num_bytes)} of {size(self._total)}"
-
-    def close(self) -> None:
-        """Leave the line."""
-        self._line.close()
+    def __str__(self) -> str:
+        return f"it stopped at {self.name}, after {size(self._num_bytes)}" if self.name else "it had not begun"
 
 
 @contextmanager
-def _interruptible(watched: _Watched, target: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Say where a conversion stopped, and let SIGTERM end it as an interrupt does: with nothing left behind."""
+def _interruptible(progress: _Progress, target: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Say where a conversion stopped, and let a signal end it as an interrupt does: with nothing left behind."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [getattr(signal, word) for word in ("SIGTERM", "SIGHUP") if hasattr(signal, word)]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:
-        watched.close()
-        say(f"{watched.so_far}; {target} was not touched.")
+        progress.close()
+        say(f"{progress}; {target} was not touched.")
         raise
     except Error as error:
-        watched.close()
-        if not watched.name:
+        progress.close()
+        if not progress.name:
             raise
-        raise type(error)(f"{error} ({watched.so_far}; {target} was not touched.)") from error
+        raise type(error)(f"{error} ({progress}; {target} was not touched.)") from error
     finally:
-        watched.close()
-        signal.signal(signal.SIGTERM, before)
+        progress.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)

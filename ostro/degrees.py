@@ -34,7 +34,7 @@ def parse(text: str, degrees: type[D]) -> D:
                 f"layout {text!r}: {name!r} is no degree here; known: {', '.join(known)}.{nearest(name, known)}"
             )
         least = 0 if name in switches else 1
-        if not (number.isascii() and number.isdigit()) or int(number) < least or name in values:
+        if not (number.isascii() and number.isdigit() and len(number) < 8) or int(number) < least or name in values:
             raise LayoutError(f"layout {text!r}: {part!r} must be one name=number of at least {least}.")
         values[name] = int(number)
     return degrees(**values)

@@ -139,7 +139,7 @@ class Progress:
 class ByteProgress:
     """The progress line of a job that is measured in bytes: how much of how much, GB/s, time left."""
 
-    def __init__(self, total_bytes: int, verb: str) -> None:
+    def __init__(self, total_bytes: int | None, verb: str) -> None:
         self._total, self._verb = total_bytes, verb
         self._is_terminal = sys.stdout.isatty()
         self._start = time.monotonic()
@@ -152,8 +152,10 @@ class ByteProgress:
         if now < self._shown or not is_main_rank():
             return
         rate = num_bytes / max(now - self._start, 1e-9)
-        left = _clock((self._total - num_bytes) / rate) if rate else "?"
-        text = f"{size(num_bytes)} of {size(self._total)} {self._verb}  {size(rate)}/s  {left} left"
+        text = f"{size(num_bytes)} {self._verb}  {size(rate)}/s"
+        if self._total is not None and rate:
+            left = _clock(max(0, self._total - num_bytes) / rate)
+            text = f"{size(num_bytes)} of {size(self._total)} {self._verb}  {size(rate)}/s  {left} left"
         self._shown = now + (0.2 if self._is_terminal else _PLAIN_SECONDS)
         self._is_open = self._is_terminal
         print(f"\r\x1b[2K{text}" if self._is_terminal else text, end="" if self._is_terminal else "\n", flush=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ostro.errors import WeightsError
 from ostro.model import layout, ops
-from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
 from ostro.serve.engine import empty_model
 from ostro.weights import FORMATS, Reader, detect, open_reader
@@ -24,32 +24,40 @@ class Verification:
     """Differences by kind of parameter, and the largest difference of the fp32 logits on a fixed input."""
 
     differences: list[Difference]
-    logits: float
+    logits: float | None
+    reason: str = ""  # why there are no logits
 
     @property
     def is_equal(self) -> bool:
-        """Whether all values are the same bits."""
-        return all(row.equal_bits for row in self.differences)
+        """Whether all values are the same, be it in another dtype."""
+        return all(row.is_same for row in self.differences)
 
 
-def verify(a: str | Path, b: str | Path, model: ModelConfig | None = None) -> Verification:
+def verify(a: str | Path, b: str | Path, hints: Hints = NO_HINTS) -> Verification:
     """Compare the tensors of two checkpoints, then what they compute; other architectures raise WeightsError.
 
-    `model` is that of a checkpoint that does not say it. One layer is in memory at a time. Equal bits compute the
-    same: their logits are not computed.
+    `hints` are for whichever of the two can use them. One layer is in memory at a time. Equal values compute the same:
+    their logits are not computed, nor are those of NaN.
     """
-    reader_a, reader_b = open_reader(a, _hints(a, model)), open_reader(b, _hints(b, model))
+    reader_a, reader_b = open_reader(a, _usable(a, hints)), open_reader(b, _usable(b, hints))
     found = Verification(compare(reader_a, reader_b), 0.0)
     if found.is_equal:
         return found
     generator = torch.Generator().manual_seed(0)
     tokens_T = torch.randint(reader_a.model.vocab_size, (_NUM_TOKENS,), generator=generator)
-    gap = (logits(reader_a, tokens_T) - logits(reader_b, tokens_T)).abs().max().item()
+    try:
+        gap = (logits(reader_a, tokens_T) - logits(reader_b, tokens_T)).abs().max().item()
+    except WeightsError as error:
+        return dataclasses.replace(found, logits=None, reason=str(error))
     return dataclasses.replace(found, logits=gap)
 
 
-def _hints(path: str | Path, model: ModelConfig | None) -> Hints:
-    return Hints(model=model) if "model" in FORMATS[detect(path)].hints else NO_HINTS
+def _usable(path: str | Path, hints: Hints) -> Hints:
+    """Return those of the hints that the format of a checkpoint can use."""
+    format = detect(path)
+    fields = {name: getattr(hints, name) for name in FORMATS[format].hints}
+    is_its = hints.format is not None and hints.format.startswith(format)
+    return Hints(format=hints.format if is_its else None, **fields)
 
 
 @torch.inference_mode()

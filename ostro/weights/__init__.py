@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from ostro.weights.store import (
     Difference,
     Hints,
     ModuleReader,
+    OnRead,
     RandomReader,
     Reader,
     TensorInfo,
+    Watched,
     Where,
     compare,
     digest,
@@ -105,13 +108,13 @@ FORMATS = {
 
 def detect(path: str | Path) -> str:
     """Return the name of the format a path holds; WeightsError if there is nothing or nothing known."""
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     if not path.exists():
         raise WeightsError(f"{path} does not exist: give a checkpoint or a run directory.")
     for name, format in FORMATS.items():
         if format.detect(path):
             return name
-    known = " nor ".join(format.what for format in FORMATS.values() if format.name != "random")
+    known = " nor ".join(dict.fromkeys(format.what for format in FORMATS.values() if format.name != "random"))
     raise WeightsError(f"{path} holds neither {known}: give the folder that does.")
 
 
@@ -120,7 +123,7 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
 
     With `check` every tensor the model needs must be there, with its shape, and nothing else.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # what lies around it matters: rank folders, strategies
     try:
         format = FORMATS[hints.format or detect(path)]
         for field in dataclasses.fields(hints):
@@ -153,26 +156,31 @@ def convert(
     dtype: torch.dtype | None = None,
     keep_fp32: bool = False,
     verify: bool = False,
+    on_read: OnRead | None = None,
     **settings: Any,
 ) -> Converted:
     """Write the checkpoint `src` (a path, or a reader) as format `to` to the new path `dst`.
 
     `dtype` None keeps each tensor's own; `keep_fp32` leaves norms and router in fp32 whatever it is. `settings` are
     those of the format's `write`. The tokenizer files of a Hugging Face folder come along into another unless
-    `tokenizer` says otherwise. With `verify` both sides are read once more and compared bit for bit, the target from
-    the disk; what MindSpore's ranks hold twice is compared too. Nothing stays of a conversion that fails.
+    `tokenizer` says otherwise. `on_read` is told each tensor that is about to be read, and how many bytes were. With
+    `verify` the source's checksums and the copies its ranks hold are compared first, and afterwards both sides are
+    read once more and compared bit for bit, the target from the disk. Nothing stays of a conversion that fails.
     """
-    dst = Path(dst)
+    dst = Path(os.path.abspath(dst))
     writable = [name for name, format in FORMATS.items() if format.write]
     write = FORMATS[to].write if to in FORMATS else None
     if write is None:
         raise WeightsError(f"checkpoints cannot be written as {to!r}: use {' or '.join(writable)}.")
     reader = open_reader(src) if isinstance(src, str | Path) else src
-    if to == "hf" and isinstance(reader, StoredReader) and reader.format == "hf":
-        settings.setdefault("tokenizer", tokenizer_folder(reader.path))
+    if isinstance(reader, StoredReader):
+        if verify:
+            reader.certify()
+        if to == "hf" and reader.format == "hf":
+            settings.setdefault("tokenizer", tokenizer_folder(reader.path))
     if dtype is not None:
         reader = CastReader(reader, dtype, keep_fp32=keep_fp32)
-    notes = tuple(write(reader, dst, **settings) or ())
+    notes = tuple(write(Watched(reader, on_read) if on_read else reader, dst, **settings) or ())
     return Converted(notes, prove(reader, dst, to, **settings) if verify else None)
 
 
@@ -188,4 +196,8 @@ def prove(meant: Reader, dst: Path, to: str, **settings: Any) -> str:
         written.certify()
     if to == "gguf":
         meant = gguf.as_stored(meant, settings.get("quantization"))
+    if "optimizer" in settings and isinstance(written, StoredReader):
+        found = mindspore.moments(written)
+        for prefix, moment in mindspore.moments(settings["optimizer"]).items():
+            certify(moment, found[prefix])
     return certify(meant, written)

@@ -227,6 +227,8 @@ def _read_value(data: wire.Buffer, record: wire.Field) -> tuple[str, _Entry]:
     if _MAP in found:
         return name, _Entry(_MAP, (), [])
     inner = list(wire.fields(data, found["tensor"].start, found["tensor"].stop))
+    if sum(f.stop - f.start for f in inner if f.number == 1 and f.wire == 2) > _MAX_DIMS * 10:  # bytes of a varint
+        raise ValueError(f"{name} has too many dims")
     dims = [wire.signed(d, 64) for f in inner if f.number == 1 and f.wire in (0, 2) for d in wire.varints(data, f)]
     found = _single(inner, {2: "type", 3: "content"})
     if len(found) != 2:

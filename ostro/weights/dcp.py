@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -26,7 +27,7 @@ from ostro.model.settings import ModelConfig
 from ostro.weights.dcp_file import DAMAGED, METADATA, brief, infos_of, open_tensors, read_metadata, write_tensors
 from ostro.weights.folder import not_written, written_beside
 from ostro.weights.hf_config import SaveTokenizer, save_tokenizer
-from ostro.weights.reshard import Box
+from ostro.weights.reshard import Box, whole
 from ostro.weights.store import (
     NO_HINTS,
     Hints,
@@ -36,7 +37,7 @@ from ostro.weights.store import (
     Where,
     match_depth,
     match_shapes,
-    pieces,
+    printable,
     stack_sizes,
 )
 
@@ -169,7 +170,7 @@ class CheckpointReader:
         try:
             self.model = ModelConfig.from_fields(fields)
         except (ConfigError, TypeError) as error:
-            raise WeightsError(f"{folder / _STATE}: {error}") from error
+            raise WeightsError(f"{folder / _STATE}: {printable(str(error))}") from error
         if "host" in state:
             raise WeightsError(
                 f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} needs: give the checkpoint "
@@ -249,9 +250,7 @@ def _boxes(
     no such parameter."""
     shape = parameter.shape
     if degrees is None or ranks is None:
-        num_dims = len(stack_sizes(parameter))
-        sizes = (1,) * num_dims + shape[num_dims:]
-        return [Box((*stack, *(0,) * (len(shape) - num_dims)), sizes) for stack in pieces(parameter)]
+        return list(_cut(whole(shape), len(stack_sizes(parameter))))
     last = degrees.pp - 1
     if parameter.layer is not None:
         stages = {stage_of(parameter.layer, model.num_hidden_layers, degrees.pp)}
@@ -262,7 +261,14 @@ def _boxes(
     holding = [rank for rank in ranks if rank * degrees.pp // degrees.num_ranks in stages]
     held = (degrees.box(rank, parameter.kind.dims, shape, None) for rank in holding)
     # None of it may be theirs, where it is small; DCP wants its name all the same.
-    return [Box(*box) for box in dict.fromkeys(held) if box is not None] if holding else None
+    whole_boxes = [Box(*box) for box in dict.fromkeys(held) if box is not None]
+    return [part for box in whole_boxes for part in _cut(box, len(stack_sizes(parameter)))] if holding else None
+
+
+def _cut(box: Box, num_dims: int) -> Iterator[Box]:
+    """Cut a box of a stack along its leading dims, so that one matrix is in memory at a time."""
+    for stack in itertools.product(*(range(o, o + n) for o, n in zip(box.offsets, box.sizes[:num_dims], strict=False))):
+        yield Box((*stack, *box.offsets[num_dims:]), (1,) * num_dims + box.sizes[num_dims:])
 
 
 def _is_whole(folder: Path) -> bool:

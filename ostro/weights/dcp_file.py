@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ostro.errors import WeightsError
-from ostro.weights.mapped import MappedFile, writing
-from ostro.weights.reshard import Box, GatheredFile, Shard, whole
-from ostro.weights.store import TensorInfo, Where
+from ostro.weights.mapped import MappedFile, Write, writing
+from ostro.weights.reshard import Box, GatheredFile, Shard, shared, whole
+from ostro.weights.store import TensorInfo, Where, as_bytes, printable
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -54,9 +54,7 @@ def open_tensors(folder: Path, prefix: str, *, is_partial: bool = False) -> Gath
     )
 
 
-def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterable[tuple[Box, Tensor]]]], rank: int = 0
-) -> None:
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterable[tuple[Box, Tensor]]]]) -> None:
     """Write tensors as the boxes that make them up, one box in memory at a time, and the metadata last."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -67,7 +65,7 @@ def write_tensors(
         TensorStorageMetadata,
     )
 
-    name_of_file = f"__{rank}_0.distcp"
+    name_of_file = "__0_0.distcp"
     entries: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     with writing(folder / name_of_file) as write:
@@ -76,8 +74,7 @@ def write_tensors(
             chunks = []
             for box, value in boxes:
                 offset = out.num_bytes
-                # A view would be saved with all it is a view of.
-                torch.save(value.reshape(box.sizes).clone(), cast(IO[bytes], out))
+                out.save(_alone(value.reshape(box.sizes)))
                 index = MetadataIndex(name, torch.Size(box.offsets), len(chunks))
                 storage[index] = _StorageInfo(name_of_file, offset, out.num_bytes - offset)
                 chunks.append(ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)))
@@ -87,17 +84,41 @@ def write_tensors(
         write(pickle.dumps(Metadata(entries, None, storage)))
 
 
+def _alone(value: Tensor) -> Tensor:
+    """Return the tensor over memory that is no more than its own: a view would be saved with all it is a view of."""
+    held = value.contiguous()
+    if not held.numel():
+        return held.clone()
+    return torch.frombuffer(as_bytes(held), dtype=held.dtype).view(held.shape)
+
+
 class _Counting:
     """A file to torch.save, which asks for little."""
 
-    def __init__(self, write: Any) -> None:
+    def __init__(self, write: Write) -> None:
         self._write = write
+        self._failure: BaseException | None = None
         self.num_bytes = 0
+
+    def save(self, tensor: Tensor) -> None:
+        """Append a tensor, in torch.save's format."""
+        try:
+            torch.save(tensor, cast(IO[bytes], self))
+        except RuntimeError:
+            # Its zip writer loses the system's error on the way, and an interrupt; what it reports is that bytes are
+            # missing.
+            if self._failure is not None:
+                raise self._failure from None
+            raise
 
     def write(self, data: Any) -> int:
         """Append, and count."""
         view = memoryview(data).cast("B")
-        self._write(view)
+        try:
+            self._write(view)
+        except BaseException as error:
+            self._failure = error
+            raise
         self.num_bytes += len(view)
         return len(view)
 
@@ -236,13 +257,14 @@ def _box(metadata: Metadata, index: Any) -> Box:
 def brief(error: BaseException) -> str:
     """Return an error's type and the start of its message, on one line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {printable(lines[0][:200])}" if lines else type(error).__name__
 
 
 def refused(module: str, name: str) -> WeightsError:
     """Return the error for a class that no checkpoint needs."""
+    asked = printable(f"{module}.{name}"[:200])
     return WeightsError(
-        f"the checkpoint asks for {module}.{name}, which no checkpoint needs: it may be an attack; do not use the file."
+        f"the checkpoint asks for {asked}, which no checkpoint needs: it may be an attack; do not use the file."
     )
 
 
@@ -277,6 +299,8 @@ def _check_metadata(metadata: Any, folder: Path, is_partial: bool) -> None:
     if not isinstance(metadata, Metadata):
         raise TypeError("it is not DCP's Metadata")
     for name, entry in metadata.state_dict_metadata.items():
+        if not name.isprintable():
+            raise TypeError(f"{name!r} is no name")
         if not isinstance(entry, TensorStorageMetadata):  # DCP would unpickle it
             raise WeightsError(f"{folder} holds {name}, which is not a tensor: Ostro did not write it; take another.")
         if not isinstance(entry.properties.dtype, torch.dtype):
@@ -288,6 +312,8 @@ def _check_metadata(metadata: Any, folder: Path, is_partial: bool) -> None:
         # DCP would leave what no chunk covers as it is, without a word.
         if not is_partial and sum(box.num_elements for box in boxes) != math.prod(entry.size):
             raise WeightsError(f"{folder} holds only a part of {name}: {DAMAGED}.")
+        if shared(boxes):
+            raise WeightsError(f"{folder} holds parts of {name} that overlap: {DAMAGED}.")
     _check_storage(metadata, folder)
     metadata.storage_meta = StorageMeta()
 
@@ -298,6 +324,7 @@ def _check_storage(metadata: Metadata, folder: Path) -> None:
     infos = infos_of(metadata)
     sizes: dict[str, int] = {}
     for index, info in (metadata.storage_data or {}).items():
+        box = _box(metadata, index)
         file = info.relative_path
         if Path(file).name != file or info.transform_descriptors:
             raise WeightsError(f"{folder} keeps {index.fqn} in {file!r}: Ostro did not write it; take another.")
@@ -310,7 +337,7 @@ def _check_storage(metadata: Metadata, folder: Path) -> None:
                 f"{folder / file} is truncated: {index.fqn} ends at byte {info.offset + info.length}, the "
                 f"file has {sizes[file]}; {DAMAGED}."
             )
-        num_bytes = _box(metadata, index).num_elements * infos[index.fqn].dtype.itemsize
+        num_bytes = box.num_elements * infos[index.fqn].dtype.itemsize
         if info.offset < 0:
             raise WeightsError(f"{folder / file} cannot hold {index.fqn} from byte {info.offset} on: {DAMAGED}.")
         if info.length < num_bytes:

@@ -7,6 +7,8 @@ import errno
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def written_beside(target: Path, *, needed_bytes: int, replace: bool = False, is
     behind. A target that exists and is not empty raises WeightsError before anything is written, unless
     `replace`; too little free space raises OutOfMemory.
     """
-    target = target.absolute()
+    target = Path(os.path.realpath(target))
     made: list[Path] = []
     partial = _beside(target)
     try:
@@ -40,15 +42,31 @@ def written_beside(target: Path, *, needed_bytes: int, replace: bool = False, is
             partial.mkdir()
         yield partial
         _sync(partial)
-        _rename(partial, target, replace)
+        _rename(partial, target, replace, is_file)
         made = []
     except OSError as error:
         raise not_written(target, error) from error
     finally:
-        partial.unlink(missing_ok=True) if is_file else shutil.rmtree(partial, ignore_errors=True)
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        with _undisturbed():
+            partial.unlink(missing_ok=True) if is_file else shutil.rmtree(partial, ignore_errors=True)
+            for parent in reversed(made):
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no second interrupt break off the clearing up after the first."""
+    words = ("SIGINT", "SIGTERM", "SIGHUP")
+    signals = [getattr(signal, word) for word in words if hasattr(signal, word)]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def not_written(target: Path, error: OSError) -> Error:
@@ -73,6 +91,8 @@ def _require_free(target: Path, replace: bool, is_file: bool) -> None:
     elif target.is_dir():
         if not replace and any(target.iterdir()):
             raise WeightsError(f"{target} exists and is not empty: choose another folder or remove it.")
+        if target == Path.cwd() or target.is_mount():
+            raise WeightsError(f"{target} is where a disk is mounted or you stand: name a new folder inside it.")
     elif target.exists():
         raise WeightsError(f"{target} is a file where a folder is to be written: choose another name.")
 
@@ -92,13 +112,17 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _rename(partial: Path, target: Path, replace: bool) -> None:
+def _rename(partial: Path, target: Path, replace: bool, is_file: bool) -> None:
     if replace and target.is_dir():
         # Two renames, since a folder cannot take the place of a full one; a crash between them loses both.
         old = _beside(target)
         target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+    elif is_file:
+        # A rename would replace a file that has appeared meanwhile; a link refuses to.
+        os.link(partial, target)
+        partial.unlink()
     else:
         partial.rename(target)
     descriptor = os.open(target.parent, os.O_RDONLY)

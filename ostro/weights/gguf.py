@@ -77,6 +77,7 @@ _NAMES = {
 }
 _HALVES = ("blk.{layer}.ffn_gate_exps.weight", "blk.{layer}.ffn_up_exps.weight")
 _NARROW = (torch.bfloat16, torch.float16)
+_READ_ROWS = 256
 _CHUNK_VALUES = 1 << 20  # encoded at a time: what fits into a cache is quantised twice as fast
 # ModelConfig's fields, and where they stand behind "llama.".
 _KEYS = {
@@ -223,7 +224,10 @@ class _AsStored:
         """Return a piece as it comes back."""
         value, kind = self._source.read(name, where), self._kinds[name]
         if kind.is_quantized:
-            return dequantize(encode(value, kind, name), kind)
+            out = torch.empty(value.shape)
+            for rows, found in zip(value.split(_READ_ROWS), out.split(_READ_ROWS), strict=True):
+                found.copy_(dequantize(encode(rows, kind, name), kind))
+            return out
         return cast(value, self._dtype(name, value.dtype), name)
 
     def _dtype(self, name: str, own: torch.dtype) -> torch.dtype:

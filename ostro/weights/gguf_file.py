@@ -133,8 +133,9 @@ class GgufFile:
 
     def _read_pair(self, cursor: _Cursor) -> None:
         key = cursor.text("a key", _MAX_KEY_BYTES)
-        if not key or key in self.metadata or key in self._lists:
-            raise WeightsError(f"{self.path} has {f'the key {key} twice' if key else 'an empty key'}: {_DAMAGED}.")
+        if not key or not key.isprintable() or key in self.metadata or key in self._lists:
+            fault = f"the key {key} twice" if key.isprintable() else f"a key named {key!r}"
+            raise WeightsError(f"{self.path} has {fault if key else 'an empty key'}: {_DAMAGED}.")
         type = cursor.number("I", key)
         if type != _ARRAY:
             self.metadata[key] = cursor.value(type, key)
@@ -327,6 +328,8 @@ def _read_tensor(cursor: _Cursor, before: Mapping[str, Stored]) -> tuple[str, St
     """Return name, description and offset of the next tensor."""
     path = cursor.path
     name = cursor.text("a tensor's name", _MAX_KEY_BYTES)
+    if not name.isprintable():
+        raise WeightsError(f"{path} has a tensor named {name!r}: {_DAMAGED}.")
     if name in before:
         raise WeightsError(f"{path} has the tensor {name} twice: {_DAMAGED}.")
     num_dims = cursor.number("I", name)

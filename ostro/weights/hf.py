@@ -167,7 +167,7 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
     for name, file in weight_map.items():
         if not name.isprintable():
             raise WeightsError(f"{index} names a tensor {name!r}: fetch or write it again.")
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
             raise WeightsError(f"{index} puts {name} into {file!r}: a file name in the same folder belongs there.")
     absent = [name for name, file in weight_map.items() if not (path / file).is_file()]
     if absent:

@@ -153,6 +153,9 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
         file: TensorFile = single
         notes = [f"the file is {single.path.name}"] if single.path != path else []
         certify = single.check_crc if isinstance(single, CkptFile) else None
+        if isinstance(single, CkptFile) and (single.strings or single.unsupported):
+            left_out = ", ".join([*single.strings, *single.unsupported][:4])
+            notes.append(f"{len(single.strings) + len(single.unsupported)} entries that are no tensors: {left_out}")
         folder = single.path.parent
     else:
         gathered = ranks.gather(folder, path, hints)
@@ -310,18 +313,28 @@ def _concat_qkv(tensors: dict[str, FileTensor], reader: Reader) -> dict[str, Fil
     return found
 
 
-def _optimizer(held: StoredReader, dialect: Dialect) -> tuple[dict[str, FileTensor], dict[str, Tensor]]:
-    """Return the moments as tensors to write in a dialect, and the scalars."""
-    tensors: dict[str, FileTensor] = {}
-    own = _dialect(held.held(), held.format)
+def moments(held: StoredReader) -> dict[str, StoredReader]:
+    """Return the moments of the optimizer beside a MindSpore checkpoint's weights, each as a reader, by their prefix.
+
+    Raises WeightsError for one that is not of every parameter.
+    """
+    found: dict[str, StoredReader] = {}
+    dialect = _dialect(held.held(), held.format)
     for prefix in ranks.OPTIMIZER_PREFIXES:
         files = {name: file for name, file in held.others.items() if name.startswith(prefix)}
         if files:
-            map = source_of(held.model, own, prefix)
-            moment = StoredReader(held.format, held.path, held.model, files, map, layers=prefix + _LAYERS)
-            moment.check()
-            written = file_tensors(moment, source_of(held.model, dialect, prefix))
-            tensors |= _concat_qkv(written, moment) if dialect.qkv_concat else written
+            map = source_of(held.model, dialect, prefix)
+            found[prefix] = StoredReader(held.format, held.path, held.model, files, map, layers=prefix + _LAYERS)
+            found[prefix].check()
+    return found
+
+
+def _optimizer(held: StoredReader, dialect: Dialect) -> tuple[dict[str, FileTensor], dict[str, Tensor]]:
+    """Return the moments as tensors to write in a dialect, and the scalars."""
+    tensors: dict[str, FileTensor] = {}
+    for prefix, moment in moments(held).items():
+        written = file_tensors(moment, source_of(held.model, dialect, prefix))
+        tensors |= _concat_qkv(written, moment) if dialect.qkv_concat else written
     if not tensors:
         raise WeightsError(f"{held.path} holds no optimizer: convert it without --optimizer.")
     rest = [name for name in held.others if not name.startswith(ranks.OPTIMIZER_PREFIXES)]
@@ -342,10 +355,18 @@ def _model(
 ) -> tuple[ModelConfig, Dialect]:
     """Return the architecture and the dialect: as told, as a config.json beside it says, or of the preset that fits."""
     infos = {name: file.infos[name] for name in weights}
-    configs = [place / "config.json" for place in (path, folder, folder.parent) if (place / "config.json").is_file()]
-    marker = read_json(configs[0]).get(_EXPERT_LAYOUT) if configs else None
+    # The folder above is the run's own where the tensors lie in rank folders.
+    around = (path, folder, folder.parent) if isinstance(file, ranks.GatheredFile) else (path, folder)
+    config = next((place / "config.json" for place in around if (place / "config.json").is_file()), None)
+    marker = read_json(config).get(_EXPERT_LAYOUT) if config else None
     dialect = _dialect(infos, hints.format or (marker if isinstance(marker, str) else None), str(path))
-    held = read_config(configs[0]) if configs else None
+    try:
+        held = read_config(config) if config else None
+    except WeightsError as error:
+        if hints.model is None:
+            raise
+        held = None
+        notes.append(f"passed over: {error}")
     model, said = settle(path, hints.model, held, infos, lambda config: source_of(config, dialect), _LAYERS)
     notes += said
     return model, dialect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -157,7 +157,17 @@ def gather(folder: Path, asked: Path, hints: Hints) -> Gathered:
         files, notes = _choose(folder, held, _step_of(asked))
     else:
         files, notes = _choose(folder, {rank: _steps(path) for rank, path in ranks.items()}, hints.step)
-    parts = _Parts(folder, list(_placed(folder, files, strategies)))
+    places = [(stage, rank) for stage, strategy in strategies.items() for rank in range(strategy.num_ranks)]
+    missing = [rank for rank in range(len(places)) if rank not in files]
+    for stage in strategies:
+        of_stage = [rank for rank, place in enumerate(places) if place[0] == stage]
+        if not any(rank in files for rank in of_stage):
+            raise WeightsError(
+                f"{folder} has none of the ranks {_listed(of_stage)}, which hold stage {stage}: copy them beside these."
+            )
+    parts = _Parts(folder, list(_placed(folder, files, strategies, places)), missing)
+    if missing:
+        notes.append(f"ranks {_listed(missing)} are missing; others hold the same")
     notes.insert(
         0, f"{len(files)} ranks in {len(strategies)} {'stage' if len(strategies) == 1 else 'stages'} of {place}"
     )
@@ -188,7 +198,7 @@ class _Part:
 class _Parts:
     """All ranks' parts, each against the others."""
 
-    def __init__(self, folder: Path, parts: list[_Part]) -> None:
+    def __init__(self, folder: Path, parts: list[_Part], missing: list[int]) -> None:
         self._folder = folder
         self._copies: list[tuple[_Part, _Part]] = []
         self._found: dict[str, dict[Box, _Part]] = {}
@@ -206,7 +216,7 @@ class _Parts:
             else:
                 mine[part.box] = part
         self._check(lambda part: part.file.infos[part.name].num_bytes <= _SMALL_BYTES)
-        self._require_covered(sorted({part.rank for part in parts}))
+        self._require_covered(missing)
 
     def gathered(self) -> GatheredFile:
         """Return the whole tensors."""
@@ -228,22 +238,25 @@ class _Parts:
                     f"{copy.name} and do not: the files are of different steps or runs, or the strategy is."
                 )
 
-    def _require_covered(self, ranks: list[int]) -> None:
+    def _require_covered(self, missing: list[int]) -> None:
         for name, parts in self._found.items():
             info = next(iter(parts.values())).whole
             if not is_covered(info.shape, parts):
                 held = sum(box.num_elements for box in parts)
+                whose = f"the folders of ranks {_listed(missing)} are missing" if missing else "parts of it are missing"
                 raise WeightsError(
-                    f"{self._folder}: ranks {_listed(ranks)} hold {held} of the {whole(info.shape).num_elements} "
-                    f"values of {name}: the folders of other ranks are missing; copy them beside these."
+                    f"{self._folder}: only {held} of the {whole(info.shape).num_elements} values of {name} are here, "
+                    f"{whose}: copy them beside these."
                 )
 
 
-def _placed(folder: Path, files: Mapping[int, TensorFile], strategies: Mapping[int, Strategy]) -> Iterator[_Part]:
-    """Yield what each rank holds and which part of the whole it is."""
-    places: list[tuple[int, int]] = []  # stage and rank within it, by rank
-    for stage, strategy in strategies.items():
-        places += [(stage, rank) for rank in range(strategy.num_ranks)]
+def _placed(
+    folder: Path,
+    files: Mapping[int, TensorFile],
+    strategies: Mapping[int, Strategy],
+    places: Sequence[tuple[int, int]],
+) -> Iterator[_Part]:
+    """Yield what each rank holds and which part of the whole it is; `places` are stage and rank within it, by rank."""
     for rank, file in files.items():
         if rank >= len(places):
             raise WeightsError(
@@ -286,7 +299,7 @@ def _choose(
         without = [rank for rank, files in held.items() if step not in files]
         try:
             if without:
-                raise WeightsError(f"ranks {_listed(without)} have no file of it")
+                raise WeightsError(f"there is no file of it from rank {_listed(without)}")
             files: dict[int, TensorFile] = {rank: open_file(files[step]) for rank, files in held.items()}
         except WeightsError as error:
             reason = str(error).rstrip(".")
@@ -294,7 +307,10 @@ def _choose(
                 raise WeightsError(f"{folder}: step {_word(step)} is not whole on all ranks: {reason}.") from error
             notes.append(f"step {_word(step)} is passed over: {reason}")
             continue
-        return files, ([f"step {_word(step)}"] if step != _NO_STEP else []) + notes
+        others = [s for s in steps if s < step and all(s in files_of for files_of in held.values())]
+        said = [f"step {_word(step)}"] if step != _NO_STEP else []
+        said += [f"also there on all ranks: step {', '.join(map(_word, others))}"] if others else []
+        return files, said + notes
     raise WeightsError(f"{folder} holds no step that is whole on all ranks: {'; '.join(notes)}.")
 
 

@@ -93,7 +93,7 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
     return StoredReader("mistral", path, model, files, source(model), layers=_LAYERS, notes=notes, advice=_ADVICE)
 
 
-def write(reader: Reader, path: Path, *, tokenizer: SaveTokenizer = None) -> None:
+def write(reader: Reader, path: Path, *, tokenizer: SaveTokenizer = None) -> Sequence[str]:
     """Write a folder that mistral-inference's `Transformer.from_folder` loads; it appears whole or not at all.
 
     All tensors are in one file: it opens no other. A tied head is written out, since it has none. The tensors keep
@@ -110,6 +110,8 @@ def write(reader: Reader, path: Path, *, tokenizer: SaveTokenizer = None) -> Non
         _save_tokenizer(tokenizer, folder)
         write_json(folder / _PARAMS, params_of(reader.model))
         write_file(folder / _SINGLE, infos, streamed(tensors.values()))
+    is_mixed = len({info.dtype for info in infos.values()}) > 1
+    return ("its tensors are of several types, and mistral-inference computes with one",) if is_mixed else ()
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -62,6 +62,18 @@ def is_covered(shape: Shape, boxes: Iterable[Box]) -> bool:
     return sum(box.num_elements for box in set(boxes)) == math.prod(shape)
 
 
+def shared(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
+    """Return two boxes that have elements in common, or None; swept along dim 0, which is the one most often cut."""
+    open_boxes: list[Box] = []
+    for box in sorted((box for box in boxes if box.num_elements), key=lambda box: box.offsets):
+        open_boxes = [o for o in open_boxes if not o.sizes or o.offsets[0] + o.sizes[0] > box.offsets[0]]
+        for other in open_boxes:
+            if box.overlap(other) is not None:
+                return other, box
+        open_boxes.append(box)
+    return None
+
+
 def gather(shape: Shape, dtype: torch.dtype, shards: Sequence[Shard], where: Where = ()) -> Tensor:
     """Return `tensor[where]` out of shards that cover it: what one shard holds is not copied."""
     asked, index = _asked(shape, where)

@@ -159,6 +159,29 @@ class CastReader:
         return cast(self._source.read(name, where), self._infos[name].dtype, label(name, where))
 
 
+OnRead = Callable[[str, int], object]
+"""Is told the name of the tensor that is about to be read, and how many bytes were read before."""
+
+
+class Watched:
+    """Another reader, and somebody who is told how far it was read."""
+
+    def __init__(self, source: Reader, on_read: OnRead) -> None:
+        self.format, self.model, self.notes = source.format, source.model, source.notes
+        self._source, self._on_read, self._num_bytes = source, on_read, 0
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """Return the source's tensors."""
+        return self._source.names()
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        """Tell, and read."""
+        self._on_read(name, self._num_bytes)
+        value = self._source.read(name, where)
+        self._num_bytes += value.nbytes
+        return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Hints:
     """What a path does not say by itself and the user did: its format, the model, strategy files, and which step."""
@@ -343,6 +366,11 @@ class Difference:
     max_absolute: float
     max_relative: float
     equal_bits: bool
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the values are equal, in the same dtype or another."""
+        return self.equal_bits or self.max_absolute == 0
 
 
 def compare(a: Reader, b: Reader) -> list[Difference]:

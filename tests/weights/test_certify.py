@@ -14,9 +14,10 @@ from small_models import TINY, Altered, random
 from ostro import weights
 from ostro.errors import WeightsError
 from ostro.model import layout
-from ostro.weights import FORMATS, CastReader, Reader, convert, open_reader, prove
+from ostro.weights import FORMATS, CastReader, Hints, RandomReader, Reader, TensorInfo, convert, open_reader, prove
 from ostro.weights.certify import certify, evict
-from ostro.weights.store import pieces
+from ostro.weights.ckpt_file import CkptFile, write_ckpt
+from ostro.weights.mindspore_layout import MindSporeDegrees
 
 WRITABLE = [name for name, format in FORMATS.items() if format.write]
 W2 = "model.layers.1.block_sparse_moe.experts.w2"
@@ -123,11 +124,37 @@ def test_a_target_that_is_gone_or_cut_short_is_an_error(tmp_path: Path) -> None:
         prove(random(), tmp_path / "x", "hf")
 
 
-def test_it_tells_how_many_bytes_it_has_compared() -> None:
-    told: list[int] = []
-    certify(random(), random(), told.append)
-    assert sum(told) == sum(info.num_bytes for info in random().names().values())
-    assert len(told) == sum(len(list(pieces(parameter))) for parameter in layout.parameters(TINY))
+def test_a_source_that_is_damaged_is_not_certified(tmp_path: Path) -> None:
+    reader = RandomReader(dataclasses.replace(TINY, num_local_experts=4, vocab_size=20_000))
+    convert(reader, tmp_path / "ranks", to="mindspore", degrees=MindSporeDegrees(dp=2))
+    file = tmp_path / "ranks" / "checkpoint" / "rank_1" / "checkpoint_1.ckpt"
+    data = bytearray(file.read_bytes())
+    data[500_000] ^= 1  # in the embedding, of which both ranks hold a copy of more than a megabyte
+    file.write_bytes(data)
+    convert(open_reader(tmp_path / "ranks"), tmp_path / "unproved", to="hf")
+    with pytest.raises(WeightsError, match="rank_0 and rank_1 should hold the same values of"):
+        convert(tmp_path / "ranks", tmp_path / "out", to="hf", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+def save(path: Path, held: dict[str, torch.Tensor]) -> None:
+    write_ckpt(path, {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in held.items()}, lambda name: [held[name]])
+
+
+def test_the_optimizer_is_proved_too(tmp_path: Path) -> None:
+    convert(random(), tmp_path / "a.ckpt", to="mindspore")
+    file = CkptFile(tmp_path / "a.ckpt")
+    moments = {f"adam_m.{name}": file.tensor(name).clone() for name in file.infos}
+    held = {name: file.tensor(name) for name in file.infos} | moments
+    save(tmp_path / "b.ckpt", held)
+    source = open_reader(tmp_path / "b.ckpt", Hints(model=TINY))
+    made = convert(source, tmp_path / "c", to="mindspore-gmm", optimizer=source, verify=True)
+    assert made.sha256 == sha256(random())
+    held["adam_m.lm_head.weight"] += 1
+    save(tmp_path / "d.ckpt", held)
+    other = open_reader(tmp_path / "d.ckpt", Hints(model=TINY))
+    with pytest.raises(WeightsError, match=r"lm_head\.weight was read back with other values"):
+        prove(other, tmp_path / "c", "mindspore-gmm", optimizer=other)
 
 
 def test_a_nan_is_equal_to_itself() -> None:

@@ -17,7 +17,7 @@ from small_models import random
 from torch import Tensor
 
 from ostro.errors import WeightsError
-from ostro.weights import convert, dcp, open_reader
+from ostro.weights import convert, dcp, dcp_file, open_reader
 from ostro.weights.dcp_file import read_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
@@ -152,7 +152,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_a_changed_byte_of_a_file_is_an_error_or_another_value(sound: Path, data: st.DataObject) -> None:
     """Whatever one byte of the tensors' file says, reading ends with WeightsError or gives shapes and types as told."""
@@ -176,3 +176,21 @@ def test_a_changed_byte_of_a_file_is_an_error_or_another_value(sound: Path, data
         assert (value.shape, value.dtype) == (random().read(tensor).shape, torch.float32)
     finally:
         file.write_bytes(content)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()], ids=["full disk", "interrupt"])
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_what_stops_a_write_is_not_lost_in_the_archives_writer(tmp_path: Path, error: BaseException, at: int) -> None:
+    """torch.save would say RuntimeError: unexpected pos."""
+    num_writes = 0
+
+    def write(data: Any) -> None:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes >= at:
+            raise error
+
+    out = dcp_file._Counting(write)
+    with pytest.raises(type(error)) as caught:
+        out.save(torch.ones(4, 4))
+    assert caught.value is error

@@ -237,7 +237,7 @@ def cut_off(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "said"),
-    [(cut_off, "mixtral-8x7b_rank_3-2_1.ckpt cannot be read"), (Path.unlink, "ranks 3 have no file of it")],
+    [(cut_off, "mixtral-8x7b_rank_3-2_1.ckpt cannot be read"), (Path.unlink, "there is no file of it from rank 3")],
 )
 def test_a_step_that_is_not_whole_is_passed_over(tmp_path: Path, harm: Callable[[Path], None], said: str) -> None:
     root = run(tmp_path / "out", "1_1", "2_1")
@@ -329,8 +329,8 @@ def test_a_missing_rank(tmp_path: Path) -> None:
         assert digest(opened(root)) == digest(random(CLUSTER))
     shutil.rmtree(root / "checkpoint" / "rank_0")  # the experts of tp 0, ep 0
     message = refusal(root)
-    assert "ranks 2, 3, 5, 7 hold 480 of the 640 values of model.layers.0.feed_forward.ffn.w1.weight" in message
-    assert message.endswith("the folders of other ranks are missing; copy them beside these.")
+    assert "only 480 of the 640 values of model.layers.0.feed_forward.ffn.w1.weight are here" in message
+    assert message.endswith("the folders of ranks 0, 1, 4, 6 are missing: copy them beside these.")
 
 
 def test_more_ranks_than_the_strategy_has(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_boxes_that_touch_share_nothing() -> None:
     assert Box((), ()).overlap(Box((), ())) == Box((), ())
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_gathering_equals_indexing_the_whole(data: st.DataObject) -> None:
     shape = data.draw(shapes())
