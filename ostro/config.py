@@ -41,15 +41,25 @@ class Weights(Section):
 
 
 class Data(Section):
-    """What is trained on: prepared token shards, or raw text that is prepared first and cached."""
+    """What is trained on: prepared token shards, or raw data that is prepared first and cached.
+
+    `path@0.3` gives a source a share of the tokens (or, `weights_by: epochs`, so many times an epoch); then each has
+    one. `packing` auto is `bestfit` where only some tokens are learned, as in conversations, `concat` otherwise;
+    `records` trains MindFormers' records as it does. `pad_token_id` is the id after which nothing is learned (−1:
+    none).
+    """
 
     path: tuple[str, ...] = ()
     kind: str = "auto"
+    documents: Literal["file", "line", "blank"] = "file"
+    template: str = "auto"
     seq_length: int = Field(default=4096, ge=2)
-    packing: Literal["concat"] = "concat"
+    packing: Literal["auto", "concat", "bestfit", "none", "records"] = "auto"
+    overlong: Literal["split", "drop", "truncate", "error"] = "split"
+    weights_by: Literal["tokens", "epochs"] = "tokens"
     tokenizer: str = "v1"
     eval_path: tuple[str, ...] = ()
-    pad_token_id: Literal[-1] = -1
+    pad_token_id: int = Field(default=-1, ge=-1)
     shuffle: bool = True
 
     @field_validator("path", "eval_path", mode="before")
@@ -207,7 +217,6 @@ class Config(Section):
 # What a key can become in a later version; asking for it now is answered with what is true now.
 _NOT_YET = {
     "weights.upcycle": "upcycling a dense model is not there yet",
-    "data.pad_token_id": "padded records are not there yet",
     "train.recompute": "recomputing activations is not there yet",
     "train.compile": "torch.compile is not applied yet",
     "train.dtype": "this version computes in bf16 or fp32",

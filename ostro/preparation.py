@@ -45,6 +45,7 @@ def prepare(asked: Request, say: Callable[[str], None]) -> None:
     Raises ConfigError for options that do not go together, DataError for bad data (exit code 3).
     """
     _require_fitting(asked)
+    _share(asked.share)
     tokenizer = load_tokenizer(asked.tokenizer)
     settings = Settings(asked.kind, asked.documents, asked.template)
     if asked.preview:
@@ -63,6 +64,15 @@ def prepare(asked: Request, say: Callable[[str], None]) -> None:
 
 
 def _require_fitting(asked: Request) -> None:
+    for option, value, least in (
+        ("workers", asked.workers, 1),
+        ("seq-length", asked.seq_length, 1),
+        ("repeat", asked.repeat, 1),
+        ("partitions", asked.partitions, 1),
+        ("preview", asked.preview, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"--{option} {value} is too small: use {least} or more.")
     for word, known, option in ((asked.to, _TARGETS, "to"), (asked.style, _STYLES, "style")):
         if word not in known:
             raise ConfigError(f"--{option} {word} is not one of {', '.join(known)}.{nearest(word, known)}")
@@ -76,6 +86,12 @@ def _require_fitting(asked: Request) -> None:
         raise ConfigError("--style mindformers makes records of one length: give --seq-length (MindFormers' is 2048).")
     if (asked.repeat != 1 or asked.partitions != 1) and asked.style != "mindformers":
         raise ConfigError("--repeat and --partitions are for --style mindformers: leave them out.")
+    if asked.share is not None and (asked.out is None or asked.to != "native"):
+        raise ConfigError("--shard is a share of the work on a folder of token shards: give --out, and no --to.")
+    if asked.style == "mindformers" and (asked.check or asked.fix or asked.preview):
+        raise ConfigError(
+            "--check, --fix and --preview show Ostro's own tokens, not MindFormers' records: give them without --style."
+        )
 
 
 def _native(
@@ -130,13 +146,20 @@ def _to_megatron(
     from ostro.data.prepare import encoded
 
     tokenizer.hurry()
-    count = 0
+    count = num_tokens = num_trained = 0
     with MegatronWriter(out, "uint16" if tokenizer.vocab_size < 65500 else "int32") as writer:
         for unit in sources.units(asked.sources, asked.kind, documents=asked.documents):
             for record in sources.read(unit):
-                writer.append(encoded([record], tokenizer, settings.template)[0][0])
+                ids, trained, _ = encoded([record], tokenizer, settings.template)[0]
+                writer.append(ids)
                 count += 1
+                num_tokens += len(ids)
+                num_trained += len(ids) if trained is None else int(trained.sum())
+        if not count:
+            raise DataError(f"{asked.sources[0]}: there is no text in it, so there is nothing to prepare: name others.")
     say(f"{out}.bin and {out}.idx: {count:,} documents")
+    if num_trained < num_tokens:
+        say("  Megatron's files have no place for which tokens are learned: all of them will be")
 
 
 def _check(asked: Request, tokenizer: Tokenizer, settings: Settings, say: Callable[[str], None]) -> None:
@@ -156,9 +179,8 @@ def _check(asked: Request, tokenizer: Tokenizer, settings: Settings, say: Callab
         f"{found.num_over:,} are longer than {length:,}; {share:.1%} of the tokens are learned; "
         f"{found.num_duplicates:,} repeat an earlier one; {len(found.errors):,} are bad"
     )
-    say(
-        f"about {-(-found.num_tokens // length):,} rows of {length:,} tokens an epoch; read in {time.perf_counter() - start:.1f} s"
-    )
+    rows = -(-found.num_tokens // length)
+    say(f"about {rows:,} rows of {length:,} tokens an epoch; read in {time.perf_counter() - start:.1f} s")
     for note in found.notes[:3]:
         say(f"  {note}")
     if asked.fix is not None:

@@ -23,7 +23,9 @@ from ostro.batch import batch_of
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader, Row
+from ostro.data.prepare import Settings, prepared
 from ostro.data.shards import Shards
+from ostro.data.sources import parse_weight
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
@@ -99,14 +101,7 @@ def set_up(config: Config) -> Run:
     devices.set_deterministic(device)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    shards = _open_data(config, config.data.path, tokenizer)
-    loader = Loader(
-        shards,
-        seq_length=config.data.seq_length,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        drop_last=True,
-    )
+    loader, shards = _loader(config, tokenizer)
     eval_shards = _open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
     model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device)).to(device)
     run = Run(
@@ -186,6 +181,32 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
 
 
+def _loader(config: Config, tokenizer: Tokenizer) -> tuple[Loader, list[Shards]]:
+    """Open the training data and deal it out: all of it once an epoch, or each source with its share."""
+    data = config.data
+    named = [parse_weight(path) for path in data.path]
+    weights = [weight for _, weight in named if weight is not None]
+    if weights and len(weights) != len(named):
+        raise ConfigError("data.path gives some sources a share and others none: write path@share for each.")
+    if weights:
+        shards = [part for path, _ in named for part in _open_data(config, (path,), tokenizer)]
+    else:
+        shards = _open_data(config, data.path, tokenizer)
+    is_partly = any(part.manifest.num_trained < part.num_tokens for part in shards)
+    loader = Loader(
+        shards,
+        seq_length=data.seq_length,
+        seed=config.train.seed,
+        shuffle=data.shuffle,
+        packing=data.packing if data.packing != "auto" else "bestfit" if is_partly else "concat",
+        overlong=data.overlong,
+        pad_token_id=data.pad_token_id,
+        weights=weights or None,
+        weights_by=data.weights_by,
+    )
+    return loader, shards
+
+
 def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> list[Shards]:
     """Open prepared folders as they are; prepare raw text first, into the cache."""
     folders = [Path(path) for path in paths if token_shards.is_prepared(path)]
@@ -193,7 +214,8 @@ def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> 
     if raw:
         log.say(f"preparing {', '.join(raw)} (cached for the next time)")
         cache = token_shards.cache_dir() / "prepared"
-        folders.append(token_shards.prepared(raw, cache, tokenizer=tokenizer, kind=config.data.kind))
+        settings = Settings(config.data.kind, config.data.documents, config.data.template)
+        folders.append(prepared(raw, cache, tokenizer=tokenizer, settings=settings))
     opened = [token_shards.open_shards(folder) for folder in folders]
     for folder, shards in zip(folders, opened, strict=True):
         check_data(folder, shards, tokenizer, config.model)

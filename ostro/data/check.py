@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from ostro.data import chat, sources
-from ostro.data.prepare import Settings
+from ostro.data.beside import Beside, disk_errors
+from ostro.data.prepare import Settings, require_known
 from ostro.data.records import Chat, Message, Record, Text, Tokens
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
@@ -59,22 +61,22 @@ def check(
 ) -> Summary:
     """Read every record and count; with `fix` write the good ones there as JSON Lines, in their order.
 
-    Raises DataError for what is no source at all, or a `fix` that exists.
+    Raises DataError for what is no source at all, a `fix` that exists, and what one file cannot hold.
     """
     summary = Summary(seq_length)
     seen: set[bytes] = set()
-    with _opened(fix) as out:
+    with _opened(fix) as write:
         for batch in _batches(paths, settings, summary.errors):
             refused: list[DataError] = []
             for record, ids, trained, note in _rendered(batch, tokenizer, settings.template, refused):
                 summary.add(ids, trained)
                 if note:
-                    summary.notes.append(f"{record.where}: {note}")
+                    summary.notes.append(note)
                 key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
                 summary.num_duplicates += key in seen
                 seen.add(key)
-                if out is not None:
-                    out.write(json.dumps(as_json(record), ensure_ascii=False) + "\n")
+                if write is not None:
+                    write(record)
             summary.errors += map(str, refused)
     return summary
 
@@ -120,23 +122,34 @@ def _message(message: Message) -> dict[str, Any]:
     return content
 
 
-class _Nothing:
-    """Stands where no file is written."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _opened(path: Path | None) -> IO[str] | _Nothing:
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[Callable[[Record], None] | None]:
+    """Give what writes a record into a new file, which is there at the end and whole."""
     if path is None:
-        return _Nothing()
-    try:
-        return path.open("x", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--fix {path} cannot be written ({error.strerror}): name a new file.") from None
+        yield None
+        return
+    beside = Beside([path])
+    kinds: set[bool] = set()
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(beside.drop)
+        with disk_errors(path):
+            file = at_the_end.enter_context(contextlib.closing(beside.path(path).open("x", encoding="utf-8")))
+
+        def write(record: Record) -> None:
+            line = json.dumps(as_json(record), ensure_ascii=False) + "\n"
+            kinds.add(isinstance(record, Text))
+            if len(kinds) > 1:
+                raise DataError(
+                    f"{record.where}: texts and conversations do not go into one file: give --fix one kind of sources "
+                    "at a time."
+                )
+            with disk_errors(path):
+                file.write(line)
+
+        yield write
+        with disk_errors(path):
+            file.close()
+            beside.keep()
 
 
 def _batches(paths: Iterable[str | Path], settings: Settings, errors: list[str]) -> Iterator[list[Record]]:
@@ -172,7 +185,12 @@ def _rendered(
             ends = np.array([tokenizer.bos_token_id], np.uint32), np.array([tokenizer.eos_token_id], np.uint32)
             yield record, np.concatenate([ends[0], ids_of[id(record)], ends[1]]), None, ""
         elif isinstance(record, Tokens):
-            yield record, record.ids, record.trained, ""
+            try:
+                require_known(record, tokenizer)
+            except DataError as error:
+                refused.append(error)
+            else:
+                yield record, record.ids, record.trained, ""
         elif record.where in made:
             one = made[record.where]
             yield record, one.ids, one.trained, one.note

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ostro.data import sources
-from ostro.data.mindformers import QaReport, qa_records, wiki_records
+from ostro.data.mindformers import QaReport, alpaca_to_conversations, qa_records, wiki_records
 from ostro.data.mindrecord import MindRecordWriter
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
@@ -22,6 +23,11 @@ def mode_of(paths: Sequence[str | Path]) -> str:
     if len(kinds) != 1:
         raise DataError("MindFormers' preprocessing takes texts or conversations, not both: prepare them apart.")
     return kinds.pop()
+
+
+def _conversations(file: Path) -> Path | list[dict[str, Any]]:
+    """Return what MindFormers' qa mode reads: the file, or what its alpaca_converter.py makes of an Alpaca file."""
+    return alpaca_to_conversations(file) if sources.detect(file) == "alpaca" else file
 
 
 def write_mindrecord(
@@ -49,7 +55,7 @@ def write_mindrecord(
         "qa": lambda: (
             {"input_ids": ids, "labels": labels}
             for file, report in zip(files, reports, strict=True)
-            for ids, labels in qa_records(file, tokenizer, seq_length, report)
+            for ids, labels in qa_records(_conversations(file), tokenizer, seq_length, report)
         ),
     }
     count = 0

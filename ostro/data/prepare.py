@@ -12,15 +12,17 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ostro.data import sources
+from ostro.data import chat, sources
 from ostro.data.arrays import ArrayFile
 from ostro.data.records import Chat, Record, Text, Tokens, Unit
 from ostro.data.shards import FORMAT, Manifest, is_prepared, read_manifest, write_manifest
@@ -81,8 +83,37 @@ def prepare(
                 report(*done)
         notes = [_note(partial, number) for number in range(len(tasks))]
         if not all(notes):
-            return None
-        return _finished(partial, out, [note for note in notes if note], tasks, tokenizer, settings)
+            return read_manifest(out) if is_prepared(out) else None
+        try:
+            return _finished(partial, out, [note for note in notes if note], tasks, tokenizer, settings)
+        except OSError:
+            if not is_prepared(out):
+                raise
+            return read_manifest(out)  # another share ended at the same moment and was faster
+
+
+def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, settings: Settings) -> Path:
+    """Return a folder of token shards for `paths`, prepared at most once for the same files, tokenizer and settings.
+
+    A single path that is prepared already is returned as it is. Files count as the same by path, size and time of
+    change.
+    """
+    if len(paths) == 1 and is_prepared(paths[0]):
+        return Path(paths[0])
+    for path in paths:
+        if is_prepared(path):
+            raise DataError(f"{path} is prepared already and cannot be mixed with raw files: name it alone.")
+    with disk_errors(cache):
+        absolute = [os.path.abspath(path) for path in paths]
+        tasks = grouped(sources.units(absolute, settings.kind, documents=settings.documents))
+        folder = cache / _plan(tasks, tokenizer, settings)["key"][:16]
+    if not is_prepared(folder):
+        try:
+            prepare(absolute, folder, tokenizer=tokenizer, settings=settings)
+        except DataError:
+            if not is_prepared(folder):  # another process may have been faster
+                raise
+    return folder
 
 
 def grouped(units: Sequence[Unit]) -> list[list[Unit]]:
@@ -104,7 +135,22 @@ def do_task(
 ) -> dict[str, Any]:
     """Write one shard and the note that it is done; return the note."""
     names = {word: folder / f"{word}-{number:05d}.npy" for word in ("tokens", "trained", "ends")}
-    beside = {word: path.with_suffix(".writing") for word, path in names.items()}
+    beside = {word: _beside(path) for word, path in names.items()}
+    try:
+        note = _written(beside, units, tokenizer, settings)
+        for word, path in beside.items():
+            if word != "trained" or note["num_trained"] < note["num_tokens"]:
+                path.replace(names[word])
+    finally:  # a full disk is not filled further
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+    _write_whole(folder / f"task-{number:05d}.json", note)
+    return note
+
+
+def _written(
+    beside: dict[str, Path], units: Sequence[Unit], tokenizer: Tokenizer, settings: Settings
+) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     num_trained = num_bytes = 0
     records = (record for unit in units for record in sources.read(unit))
@@ -123,20 +169,13 @@ def do_task(
             trained.append(learned)
             num_trained += int(learned.sum())
             num_bytes += sum(size for _, _, size in rows)
-    note = {
+    return {
         "num_tokens": tokens.num_rows,
         "num_documents": ends.num_rows,
         "num_bytes": num_bytes,
         "num_trained": num_trained,
         "encoder": check.word,
     }
-    if num_trained == tokens.num_rows:
-        beside["trained"].unlink()
-        del beside["trained"]
-    for word, path in beside.items():
-        path.replace(names[word])
-    _write_whole(folder / f"task-{number:05d}.json", note)
-    return note
 
 
 def encoded(
@@ -150,16 +189,25 @@ def encoded(
         rows[at] = np.concatenate([bos, ids, eos]), None, _size(record.text)
     chats = [(at, record) for at, record in enumerate(batch) if isinstance(record, Chat)]
     if chats:
-        from ostro.data import chat
-
         named = chat.load_template(template or "auto", tokenizer)
         rendered = chat.render_batch([record for _, record in chats], named, tokenizer)
         for (at, record), one in zip(chats, rendered, strict=True):
             rows[at] = one.ids, one.trained, sum(_size(message.content) for message in record.messages)
     for at, record in enumerate(batch):
         if isinstance(record, Tokens):
+            require_known(record, tokenizer)
             rows[at] = record.ids, record.trained, 0
     return [row for row in rows if row is not None]
+
+
+def require_known(record: Tokens, tokenizer: Tokenizer) -> None:
+    """Raise DataError for tokens that are none of the tokenizer's."""
+    least, most = int(record.ids.min(initial=0)), int(record.ids.max(initial=0))
+    if least < 0 or most >= tokenizer.vocab_size:
+        raise DataError(
+            f"{record.where}: its tokens go from {least} to {most}, and tokenizer {tokenizer.name} has 0 to "
+            f"{tokenizer.vocab_size - 1}: name the tokenizer that made them."
+        )
 
 
 class _Check:
@@ -200,9 +248,21 @@ def _work(
         return
     import multiprocessing
 
-    # Not fork: whoever calls may have threads, and the tokenizer's own pool does not survive one.
-    with multiprocessing.get_context("spawn").Pool(count, _start, (folder, settings), maxtasksperchild=64) as pool:
-        yield from pool.imap_unordered(_do, todo)
+    # Not fork: whoever calls may have threads, and the tokenizer's own pool does not survive one. Not Pool, which waits
+    # for ever for what a killed process had begun.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, _start, (folder, settings))
+    try:
+        for ended in as_completed([pool.submit(_do, task) for task in todo]):
+            yield ended.result()
+    except BrokenProcessPool:
+        raise OutOfMemory(
+            "a process that prepared data was ended from outside, as a system short of memory does: give the same "
+            "command again, which goes on from there, with fewer --workers (from Python, call prepare under "
+            'if __name__ == "__main__":).'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _worker: dict[str, Any] = {}
@@ -230,9 +290,21 @@ def _plan(tasks: Sequence[Sequence[Unit]], tokenizer: Tokenizer, settings: Setti
         for units in tasks
         for unit in units
     ]
-    key = [FORMAT, TASK_BYTES, tokenizer.sha256, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
-    text = json.dumps([key, dataclasses.asdict(settings)])
+    spec = hashlib.sha256(tokenizer.spec).hexdigest()  # its rules as well, where `sha256` is of its pieces
+    key = [FORMAT, TASK_BYTES, tokenizer.sha256, spec, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
+    text = json.dumps([key, _settled(settings, tokenizer)])
     return {"key": hashlib.sha256(text.encode()).hexdigest(), "num_tasks": len(tasks)}
+
+
+def _settled(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the settings as the manifest has them, the template's SHA-256 with them."""
+    try:
+        print_ = chat.fingerprint(chat.load_template(settings.template or "auto", tokenizer), tokenizer)
+    except DataError:
+        if settings.template not in (None, "auto"):
+            raise
+        print_ = None  # a tokenizer's own template that cannot be used, which texts do not need
+    return {**dataclasses.asdict(settings), "template_sha256": print_}
 
 
 def _begin(partial: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -240,7 +312,12 @@ def _begin(partial: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     found = _read_json(partial / "plan.json")
     if found is None:
-        tokenizer.save(partial / "tokenizer")
+        saved = _beside(partial / "tokenizer")
+        tokenizer.save(saved)
+        try:
+            saved.replace(partial / "tokenizer")
+        except OSError:  # another share was here first
+            shutil.rmtree(saved)
         _write_whole(partial / "plan.json", plan)
     elif found != plan:
         raise DataError(
@@ -260,18 +337,20 @@ def _finished(
     """Put the shards together under the folder's own name; another process may have been faster."""
     if not any(note["num_documents"] for note in notes):
         names = sorted({unit.path for units in tasks for unit in units})
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         few = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more" if names else "the sources"
         raise DataError(f"{few}: there is no text in it, so there is nothing to prepare: name other files.")
     files, before = [], 0
-    with ArrayFile(partial / "documents.writing", np.dtype(np.int64), (2,)) as documents:
+    beside = _beside(partial / "documents.npy")
+    with ArrayFile(beside, np.dtype(np.int64), (2,)) as documents:
         for number, note in enumerate(notes):
             ends = np.load(partial / f"ends-{number:05d}.npy", mmap_mode="r")
             documents.append(ends + np.array([[before, 0]]))
             before += note["num_tokens"]
             if note["num_tokens"]:
-                files.append({"name": f"tokens-{number:05d}.npy", "num_tokens": note["num_tokens"]})
-    (partial / "documents.writing").replace(partial / "documents.npy")
+                counts = {name: note[name] for name in ("num_tokens", "num_trained")}
+                files.append({"name": f"tokens-{number:05d}.npy", **counts})
+    beside.replace(partial / "documents.npy")
     manifest = Manifest(
         format=FORMAT,
         tokenizer=tokenizer.name,
@@ -286,25 +365,26 @@ def _finished(
         num_bytes=sum(note["num_bytes"] for note in notes),
         num_trained=sum(note["num_trained"] for note in notes),
         encoder="gigatoken" if all(note["encoder"] == "gigatoken" for note in notes) else "tokenizers",
-        settings=dataclasses.asdict(settings),
+        settings=_settled(settings, tokenizer),
         files=files,
         sources=_checksums(sorted({unit.path for units in tasks for unit in units})),
     )
     write_manifest(partial, manifest)
-    for leftover in (*partial.glob("ends-*.npy"), *partial.glob("task-*.json"), *partial.glob("*.writing")):
-        leftover.unlink(missing_ok=True)
-    for note, number in zip(notes, range(len(notes)), strict=True):
-        if not note["num_tokens"]:
-            (partial / f"tokens-{number:05d}.npy").unlink(missing_ok=True)
-    (partial / "plan.json").unlink(missing_ok=True)
-    shutil.rmtree(partial / "tokenizer", ignore_errors=True)
-    try:
-        os.replace(partial, out)
-    except OSError:
-        if not is_prepared(out):
-            raise
-        return read_manifest(out)
+    os.replace(partial, out)
+    _clear_up(out, manifest)
     return manifest
+
+
+def _clear_up(out: Path, manifest: Manifest) -> None:
+    """Remove what only a partial folder needs: afterwards, so that one that is killed before can be gone on with."""
+    kept = {"manifest.json", "documents.npy"}
+    for file in manifest.files:
+        kept |= {file["name"], file["name"].replace("tokens", "trained")}
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _checksums(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -345,8 +425,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _beside(path: Path) -> Path:
+    """Return where a file is written before it has its name; no two processes on any machines share one."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
+
+
 def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.writing")
+    beside = _beside(path)
     beside.write_text(json.dumps(content), "utf-8")
     beside.replace(path)
 

@@ -22,14 +22,15 @@ from ostro.errors import DataError
 
 FORMAT = "ostro-tokens-2"
 _MANIFEST = "manifest.json"
+_FILE = {"name", "num_tokens", "num_trained"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a folder of token shards holds; `files` and `sources` are lists of dicts, as in manifest.json.
 
-    `files`: name, num_tokens. `sources`: path, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes of all
-    texts, `num_trained` the tokens that are learned. `encoder` made the ids (all of them are those of the package
+    `files`: name, num_tokens, num_trained. `sources`: path, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes of
+    all texts, `num_trained` the tokens that are learned. `encoder` made the ids (all of them are those of the package
     tokenizers), `settings` are the rest of what decided them.
     """
 
@@ -69,7 +70,10 @@ class Shards:
         self._starts = [0, *itertools.accumulate(len(file) for file in files)]
         self._ends = documents.view(np.ndarray)[:, 0]
         has_masks = any(mask is not None for mask in trained)
-        self._trained = [None if mask is None else mask.view(np.ndarray) for mask in trained] if has_masks else None
+        whole = [np.broadcast_to(True, len(file)) for file in files] if has_masks else []
+        self._trained = [
+            every if mask is None else mask.view(np.ndarray) for mask, every in zip(trained, whole, strict=False)
+        ]
 
     @property
     def document_ends(self) -> np.ndarray:
@@ -82,13 +86,7 @@ class Shards:
 
     def trained(self, start: int, stop: int) -> np.ndarray | None:
         """Return which of tokens [start, stop) are learned, as bool; None where all of the data is."""
-        if self._trained is None:
-            return None
-        whole = [
-            np.broadcast_to(True, len(file)) if mask is None else mask
-            for file, mask in zip(self._files, self._trained, strict=True)
-        ]
-        return self._slice(whole, start, stop)
+        return self._slice(self._trained, start, stop) if self._trained else None
 
     def _slice(self, files: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
@@ -128,11 +126,8 @@ def open_shards(path: str | Path) -> Shards:
         _agree(path, f"the shape of {file['name']}", [file["num_tokens"]], list(tokens.shape))
         _agree(path, f"the dtype of {file['name']}", manifest.dtype, str(tokens.dtype))
     _agree(path, "num_tokens", manifest.num_tokens, sum(len(tokens) for tokens in files))
-    masks = [path / str(file["name"]).replace("tokens", "trained") for file in manifest.files]
-    trained = [_mapped(mask) if mask.exists() else None for mask in masks]
-    for mask, tokens, found in zip(masks, files, trained, strict=True):
-        if found is not None:
-            _agree(path, f"the tokens of {mask.name}", (tokens.shape, "bool"), (found.shape, str(found.dtype)))
+    _agree(path, "num_trained", manifest.num_trained, sum(file["num_trained"] for file in manifest.files))
+    trained = [_mask(path, file) for file in manifest.files]
     documents = _mapped(path / "documents.npy")
     _agree(path, "the shape of documents.npy", [manifest.num_documents, 2], list(documents.shape))
     _agree(path, "the dtype of documents.npy", "int64", str(documents.dtype))
@@ -175,7 +170,7 @@ def _is_typed(data: dict[str, Any]) -> bool:
         and data["num_documents"] > 0
         and isinstance(files, list)
         and len(files) > 0
-        and all(isinstance(file, dict) and {"name", "num_tokens"} <= file.keys() for file in files)
+        and all(isinstance(file, dict) and file.keys() >= _FILE for file in files)
         and isinstance(sources, list)
         and all(isinstance(data[name], str) for name in ("tokenizer", "tokenizer_sha256", "dtype", "encoder"))
     )
@@ -191,6 +186,16 @@ def _mapped(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is cut off or no .npy file: prepare the data again.")
     return array
+
+
+def _mask(path: Path, file: dict[str, Any]) -> np.ndarray | None:
+    if file["num_trained"] == file["num_tokens"]:
+        return None
+    name = str(file["name"]).replace("tokens", "trained")
+    mask = _mapped(path / name)
+    _agree(path, f"the shape of {name}", [file["num_tokens"]], list(mask.shape))
+    _agree(path, f"the dtype of {name}", "bool", str(mask.dtype))
+    return mask
 
 
 def _agree(path: Path, what: str, said: Any, found: Any) -> None:

@@ -273,7 +273,8 @@ def test_best_fit_wastes_little_on_chats(shared: Path, seq_length: int):
 def test_best_fit_wastes_little_over_many_windows(seq_length: int):
     lengths = np.random.default_rng(0).lognormal(4.5, 1.0, 50_000).astype(np.int64).clip(1)
     documents = [[0] * length for length in lengths.tolist()]
-    loader = Loader([shards(documents)], seq_length=seq_length, packing="bestfit")
+    with mock.patch.object(packing, "WINDOW_PIECES", 64):
+        loader = Loader([shards(documents)], seq_length=seq_length, packing="bestfit")
     assert loader.num_rows <= math.ceil(lengths.sum() / seq_length) * 1.02 + 1
 
 
@@ -398,6 +399,14 @@ def test_mixing_by_epochs():
     assert (loader.num_rows, loader.epoch_tokens) == (36, 288)
     seen = Counter(int(row.tokens_L[0]) for row in loader.read(0, 2 * 36))
     assert seen == dict.fromkeys(range(1, 65, 8), 4) | dict.fromkeys(range(1000, 1320, 8), 1)
+
+
+def test_sources_of_a_mixture_have_orders_of_their_own():
+    parts = [shards([[*range(at, at + 400)]]) for at in (1000, 2000)]
+    rows = Loader(parts, seq_length=4, weights=[1, 1]).read(0, 200)
+    orders = [[int(row.tokens_L[0]) % 1000 for row in rows if row.tokens_L[0] // 1000 == at] for at in (1, 2)]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
 
 
 def test_mixing_short_rows_shares_tokens_and_not_rows():
