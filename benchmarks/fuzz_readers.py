@@ -54,6 +54,7 @@ GROWTH_BYTES = 4 << 20  # of a single mutation, over the size of the files: Pyth
 BATCH = 500
 _MAX_MESSAGE = 4000
 _MAX_STEP = 200
+_MAX_RUNS, _RUN_BYTES = 4, 8  # of a row that ranks had cut; more or shorter ones could be found anywhere
 
 Open = Callable[[Path, Hints], Reader]
 
@@ -190,21 +191,27 @@ def _is_in(tensor: Tensor, files: list[bytes]) -> bool:
         for dtype in {tensor.dtype, torch.float32}:
             data = bytes(as_bytes(held.to(dtype)))
             size = held.shape[-1] * dtype.itemsize
-            if all(_in_two_runs(data[at : at + size], files) for at in range(0, len(data), size)):
+            if all(_in_runs(data[at : at + size], files) for at in range(0, len(data), size)):
                 return True
     return False
 
 
-def _in_two_runs(row: bytes, files: list[bytes]) -> bool:
-    """Whether a row is in a file, or its beginning and its end are: records and ranks may cut it once."""
-    found, missing = 0, len(row) + 1
-    while missing - found > 1:  # the longest beginning that is there
-        middle = (found + missing) // 2
-        if any(row[:middle] in file for file in files):
-            found = middle
-        else:
-            missing = middle
-    return any(row[found:] in file for file in files)
+def _in_runs(row: bytes, files: list[bytes]) -> bool:
+    """Whether a row is made of few runs of bytes that are in the files: records cut it once, ranks several times."""
+    runs: list[int] = []
+    while row:
+        found, missing = 0, len(row) + 1
+        while missing - found > 1:  # the longest beginning that is there
+            middle = (found + missing) // 2
+            if any(row[:middle] in file for file in files):
+                found = middle
+            else:
+                missing = middle
+        runs.append(found)
+        row = row[found:]
+        if not found or (len(runs) > 2 and min(runs) < _RUN_BYTES) or len(runs) > _MAX_RUNS:
+            return False
+    return True
 
 
 def _is_strided(tensor: Tensor, files: list[bytes]) -> bool:

@@ -30,7 +30,8 @@ def say(text: str, style: str = "") -> None:
         import rich
         from rich.text import Text
 
-        rich.print(Text(text, style), flush=True)
+        # Unbroken: a path that is cut at the window's edge cannot be copied.
+        rich.get_console().print(Text(text, style), soft_wrap=True)
 
 
 def size(num_bytes: float) -> str:

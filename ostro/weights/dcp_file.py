@@ -246,10 +246,11 @@ _STORAGES = {
 
 
 def _box(metadata: Metadata, index: Any) -> Box:
-    """Return the box of a stored item: the one of its tensor's that starts where it says."""
+    """Return the box of a stored item: the one of its tensor's that starts where it says, or the only one."""
     offset = tuple(index.offset) if index.offset is not None else None
-    for chunk in getattr(metadata.state_dict_metadata[index.fqn], "chunks", ()):
-        if offset is None or tuple(chunk.offsets) == offset:
+    chunks = getattr(metadata.state_dict_metadata[index.fqn], "chunks", ())
+    for chunk in chunks:
+        if tuple(chunk.offsets) == offset or (offset is None and len(chunks) == 1):
             return Box(tuple(chunk.offsets), tuple(chunk.sizes))
     raise WeightsError(f"the metadata has no box of {index.fqn} at {offset}: {DAMAGED}.")
 

@@ -19,7 +19,7 @@ from ostro.errors import WeightsError
 from ostro.weights import wire
 from ostro.weights.mapped import MappedFile
 from ostro.weights.reshard import Box
-from ostro.weights.store import Shape
+from ostro.weights.store import Shape, printable
 
 _NO_AXIS = -1
 _ALL_REPEATS = -1
@@ -279,7 +279,7 @@ def _read_file(path: Path, data: bytes) -> dict[int, Strategy]:
             by_stage.setdefault(int(match[1]), {})[match[2]] = layout
         result = {stage: _stage(stage, by_stage[stage]) for stage in sorted(by_stage)}
     except ValueError as error:
-        raise WeightsError(f"{path} cannot be read as a strategy file ({error}): {_DAMAGED}.") from None
+        raise WeightsError(f"{path} cannot be read as a strategy file ({printable(str(error))}): {_DAMAGED}.") from None
     _check_stages(path, result)
     return result
 

@@ -167,19 +167,30 @@ def test_parts_that_share_an_element_are_found(drawn: list[tuple[int, int, int, 
     assert found is None or found[0].overlap(found[1])
 
 
-def test_a_training_checkpoint_whose_parts_overlap_and_leave_a_gap_is_refused(tmp_path: Path) -> None:
-    """As many values as there should be, and yet some are nowhere."""
-    dcp.write(RandomReader(MODEL), tmp_path / "a", degrees=Degrees(fsdp=4))
-    file = tmp_path / "a" / ".metadata"
+def moved(folder: Path, offset: torch.Size | None) -> Path:
+    """Write a checkpoint of four ranks in which the second part of a norm is said to be elsewhere."""
+    dcp.write(RandomReader(MODEL), folder, degrees=Degrees(fsdp=4))
+    file = folder / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     name = "model.model.norm.weight"
     index = next(index for index in metadata.storage_data if index.fqn == name and index.offset == (4,))
-    metadata.storage_data[dataclasses.replace(index, offset=torch.Size([5]))] = metadata.storage_data.pop(index)
+    metadata.storage_data[dataclasses.replace(index, offset=offset)] = metadata.storage_data.pop(index)
     for chunk in metadata.state_dict_metadata[name].chunks:
-        chunk.offsets = torch.Size([5]) if chunk.offsets == (4,) else chunk.offsets
+        chunk.offsets = offset if offset is not None and chunk.offsets == (4,) else chunk.offsets
     file.write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def test_a_training_checkpoint_whose_parts_overlap_and_leave_a_gap_is_refused(tmp_path: Path) -> None:
+    """As many values as there should be, and yet some are nowhere."""
     with pytest.raises(WeightsError, match=r"holds parts of model\.model\.norm\.weight that overlap: "):
-        open_reader(tmp_path / "a")
+        open_reader(moved(tmp_path / "a", torch.Size([5])))
+
+
+def test_a_part_of_several_that_does_not_say_which_is_refused(tmp_path: Path) -> None:
+    """It would be taken for the first of them."""
+    with pytest.raises(WeightsError, match=r"has no box of model\.model\.norm\.weight at None: "):
+        open_reader(moved(tmp_path / "a", None))
 
 
 UNPRINTABLE = {
