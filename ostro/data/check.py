@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -96,8 +97,18 @@ def preview(
                 named = chat.load_template(settings.template or "auto", tokenizer)
                 yield Shown(record.where, chat.render(record, named, tokenizer).pieces)
             else:
-                text = tokenizer.decode(record.ids[:max_chars].tolist())
-                yield Shown(record.where, [(text, True)])
+                require_known(record, tokenizer)
+                yield Shown(record.where, _runs(record, tokenizer, max_chars))
+
+
+def _runs(record: Tokens, tokenizer: Tokenizer, max_tokens: int) -> list[tuple[str, bool]]:
+    """Return a record's text in runs of tokens that are learned and that are not."""
+    ids = record.ids[:max_tokens]
+    if not len(ids) or record.trained is None:
+        return [(tokenizer.decode(ids.tolist()), True)]
+    trained = record.trained[:max_tokens]
+    cuts = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
+    return [(tokenizer.decode(ids[a:b].tolist()), bool(trained[a])) for a, b in itertools.pairwise(cuts)]
 
 
 def as_json(record: Record) -> dict[str, Any]:

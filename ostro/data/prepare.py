@@ -119,10 +119,10 @@ def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, 
 def grouped(units: Sequence[Unit]) -> list[list[Unit]]:
     """Return the units in tasks of about TASK_BYTES, in their order."""
     tasks: list[list[Unit]] = []
-    filled = TASK_BYTES
+    filled = 0
     for unit in units:
         size = (unit.stop if unit.stop is not None else os.path.getsize(unit.path)) - unit.start
-        if filled + size > TASK_BYTES:
+        if not tasks or filled + size > TASK_BYTES:
             tasks.append([])
             filled = 0
         tasks[-1].append(unit)
@@ -279,6 +279,7 @@ def _do(task: tuple[int, Sequence[Unit]]) -> dict[str, Any]:
 
 def _of(folder: Path) -> Tokenizer:
     tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer.name = (_read_json(folder / "plan.json") or {}).get("tokenizer", tokenizer.name)  # what errors call it
     tokenizer.hurry()
     return tokenizer
 
@@ -291,9 +292,10 @@ def _plan(tasks: Sequence[Sequence[Unit]], tokenizer: Tokenizer, settings: Setti
         for unit in units
     ]
     spec = hashlib.sha256(tokenizer.spec).hexdigest()  # its rules as well, where `sha256` is of its pieces
-    key = [FORMAT, TASK_BYTES, tokenizer.sha256, spec, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
-    text = json.dumps([key, _settled(settings, tokenizer)])
-    return {"key": hashlib.sha256(text.encode()).hexdigest(), "num_tasks": len(tasks)}
+    made_of = [FORMAT, TASK_BYTES, tokenizer.sha256, spec, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
+    text = json.dumps([made_of, _settled(settings, tokenizer)])
+    key = hashlib.sha256(text.encode()).hexdigest()
+    return {"key": key, "num_tasks": len(tasks), "tokenizer": tokenizer.name}
 
 
 def _settled(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:

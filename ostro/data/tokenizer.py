@@ -119,7 +119,7 @@ class Tokenizer:
             return self.encode_slowly(texts)
         try:
             return [self._encoder.encode(text) for text in texts]
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):  # what gigatoken says of a string that has no UTF-8
             raise _half_a_pair() from None
 
     @property
