@@ -80,6 +80,7 @@ def recipes_cp(name: str, file: Path) -> None:
 @app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="Files, folders, or quoted globs, of any kind.")],
+    *,
     out: Annotated[Path | None, typer.Option(help="The folder of token shards to write, or the file.")] = None,
     kind: Annotated[str, typer.Option(help="auto, text, wikitext, jsonl, alpaca, sharegpt, messages …")] = "auto",
     documents: Annotated[str, typer.Option(help="A document of a text file: file, line or blank.")] = "file",
@@ -93,8 +94,12 @@ def prepare(
     check: Annotated[bool, typer.Option("--check", help="Read everything, name each bad record; exit 3.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write the good records here, as JSON Lines.")] = None,
     preview: Annotated[int, typer.Option(help="Show this many records; what is learned is green.")] = 0,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out records that equal an earlier one.")] = False,
+    conversations: Annotated[Path | None, typer.Option(help="mindformers: write alpaca_converter's JSON here.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="--check: how fast you train, for the time.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core unless given.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: only this share, for a cluster's scheduler.")] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address (auto, host:port, local): it works.")] = None,
 ) -> None:
     """Turn texts and conversations into token shards, or check them."""
     from ostro.preparation import Request
@@ -118,6 +123,10 @@ def prepare(
             preview=preview,
             workers=workers,
             share=shard,
+            dedup=dedup,
+            conversations=conversations,
+            tokens_per_second=tokens_per_second,
+            ray=ray,
         ),
         typer.echo,
     )
@@ -168,8 +177,8 @@ def evaluate(
     import tempfile
 
     from ostro.data import shards
-    from ostro.data.prepare import Settings
     from ostro.data.prepare import prepare as run_prepare
+    from ostro.data.tasks import Settings
     from ostro.errors import ConfigError
     from ostro.evaluate import evaluate as run_evaluate
     from ostro.serve.engine import load_model, tokenizer_of

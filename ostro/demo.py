@@ -28,8 +28,9 @@ from rich.text import Text
 from ostro import device, log, report, weights
 from ostro.config import load_config
 from ostro.data import shards as token_shards
-from ostro.data.prepare import Settings, prepare
+from ostro.data.prepare import prepare
 from ostro.data.shards import Shards
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
 from ostro.evaluate import Evaluation, evaluate

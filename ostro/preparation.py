@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ostro.data.prepare import Settings
+from ostro.config import Train
+from ostro.data.prepare import Hands
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, nearest
-from ostro.log import size
+from ostro.log import ByteProgress, duration, size
 
 _TARGETS = ("native", "mindrecord", "megatron")
 _STYLES = ("native", "mindformers")
@@ -35,8 +37,12 @@ class Request:
     check: bool = False
     fix: Path | None = None
     preview: int = 0
+    dedup: bool = False
+    conversations: Path | None = None
+    tokens_per_second: float | None = None
     workers: int | None = None
     share: str | None = None
+    ray: str | None = None
 
 
 def prepare(asked: Request, say: Callable[[str], None]) -> None:
@@ -45,22 +51,23 @@ def prepare(asked: Request, say: Callable[[str], None]) -> None:
     Raises ConfigError for options that do not go together, DataError for bad data (exit code 3).
     """
     _require_fitting(asked)
-    _share(asked.share)
+    hands = Hands(asked.workers, _share(asked.share), asked.ray)
     tokenizer = load_tokenizer(asked.tokenizer)
-    settings = Settings(asked.kind, asked.documents, asked.template)
+    settings = Settings(asked.kind, asked.documents, asked.template, asked.dedup)
     if asked.preview:
         _preview(asked, tokenizer, settings)
     if asked.check or asked.fix is not None:
         _check(asked, tokenizer, settings, say)
+    if asked.conversations is not None:
+        _alpaca(asked, asked.conversations, say)
     if asked.out is None:
         return
-    start = time.perf_counter()
     if asked.style == "mindformers":
         _as_mindformers(asked, asked.out, tokenizer, say)
     elif asked.to == "megatron":
         _to_megatron(asked, asked.out, tokenizer, settings, say)
     else:
-        _native(asked, asked.out, tokenizer, settings, say, start)
+        _native(asked, asked.out, tokenizer, settings, hands, say)
 
 
 def _require_fitting(asked: Request) -> None:
@@ -76,18 +83,24 @@ def _require_fitting(asked: Request) -> None:
     for word, known, option in ((asked.to, _TARGETS, "to"), (asked.style, _STYLES, "style")):
         if word not in known:
             raise ConfigError(f"--{option} {word} is not one of {', '.join(known)}.{nearest(word, known)}")
-    if asked.out is None and not (asked.check or asked.fix or asked.preview):
+    if asked.out is None and not (asked.check or asked.fix or asked.preview or asked.conversations):
         raise ConfigError("there is nothing to do: give --out DIR, or --check, or --preview N.")
-    if (asked.to == "mindrecord") != (asked.style == "mindformers"):
+    if (asked.to == "mindrecord") != (asked.style == "mindformers") and not (asked.conversations and not asked.out):
         raise ConfigError(
             "--style mindformers and --to mindrecord go together: its records are padded and cut for them."
         )
-    if asked.style == "mindformers" and asked.seq_length is None:
+    if asked.style == "mindformers" and asked.out is not None and asked.seq_length is None:
         raise ConfigError("--style mindformers makes records of one length: give --seq-length (MindFormers' is 2048).")
     if (asked.repeat != 1 or asked.partitions != 1) and asked.style != "mindformers":
         raise ConfigError("--repeat and --partitions are for --style mindformers: leave them out.")
-    if asked.share is not None and (asked.out is None or asked.to != "native"):
-        raise ConfigError("--shard is a share of the work on a folder of token shards: give --out, and no --to.")
+    if (asked.share or asked.ray or asked.dedup) and (asked.out is None or asked.to != "native"):
+        raise ConfigError(
+            "--shard, --ray and --dedup are for a folder of token shards: give --out, and no --to, or leave them out."
+        )
+    if asked.share and asked.ray:
+        raise ConfigError("--shard and --ray both say who does the work: give one of them.")
+    if asked.conversations is not None and asked.style != "mindformers":
+        raise ConfigError("--conversations is for --style mindformers: leave it out.")
     if asked.style == "mindformers" and (asked.check or asked.fix or asked.preview):
         raise ConfigError(
             "--check, --fix and --preview show Ostro's own tokens, not MindFormers' records: give them without --style."
@@ -95,23 +108,51 @@ def _require_fitting(asked: Request) -> None:
 
 
 def _native(
-    asked: Request, out: Path, tokenizer: Tokenizer, settings: Settings, say: Callable[[str], None], start: float
+    asked: Request, out: Path, tokenizer: Tokenizer, settings: Settings, hands: Hands, say: Callable[[str], None]
 ) -> None:
     from ostro.data.prepare import prepare as run
+    from ostro.data.shards import is_prepared
 
-    manifest = run(
-        asked.sources, out, tokenizer=tokenizer, settings=settings, workers=asked.workers, share=_share(asked.share)
-    )
+    start = time.perf_counter()
+    was_there = is_prepared(out)
+    progress = _Progress()
+    try:
+        manifest = run(asked.sources, out, tokenizer=tokenizer, settings=settings, hands=hands, report=progress.show)
+    finally:
+        progress.close()
     seconds = time.perf_counter() - start
     if manifest is None:
         say(f"{out}: share {asked.share} is done; the last share to end puts the folder together")
         return
+    rate = "prepared before, unchanged" if was_there else f"{manifest.num_tokens / seconds:,.0f} tokens/s"
     say(
         f"{out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens of {manifest.num_bytes:,} bytes, "
-        f"{manifest.num_tokens / seconds:,.0f} tokens/s"
+        f"{rate}"
     )
     if manifest.num_trained < manifest.num_tokens:
         say(f"  {manifest.num_trained / manifest.num_tokens:.1%} of the tokens are learned")
+    if settings.dedup:
+        say(f"  {manifest.num_repeats:,} records that equal an earlier one were left out")
+    if manifest.encoder != "gigatoken":
+        say("  encoded by the package tokenizers: gigatoken is missing, or gave other ids for this data")
+
+
+class _Progress:
+    """Passes on how far a preparation is, in bytes of its sources, when it says how many there are."""
+
+    def __init__(self) -> None:
+        self._line: ByteProgress | None = None
+
+    def show(self, num_tokens: int, num_bytes: int, total_bytes: int) -> None:
+        """Show it."""
+        if self._line is None:
+            self._line = ByteProgress(total_bytes, "read")
+        self._line.show(num_bytes)
+
+    def close(self) -> None:
+        """Clear the line."""
+        if self._line is not None:
+            self._line.close()
 
 
 def _share(text: str | None) -> tuple[int, int]:
@@ -123,6 +164,18 @@ def _share(text: str | None) -> tuple[int, int]:
     if not 0 <= int(index) < int(count):
         raise ConfigError(f"--shard {text}: shares are counted from 0 to {int(count) - 1}.")
     return int(index), int(count)
+
+
+def _alpaca(asked: Request, target: Path, say: Callable[[str], None]) -> None:
+    from ostro.data import sources
+    from ostro.data.mindformers import alpaca_to_conversations, write_conversations
+
+    files = sources.expand(asked.sources)
+    if len(files) != 1 or sources.detect(files[0]) != "alpaca":
+        raise ConfigError("--conversations takes one file of Alpaca records: name it alone.")
+    conversations = alpaca_to_conversations(files[0])
+    write_conversations(conversations, target)
+    say(f"{target}: {len(conversations):,} conversations, as alpaca_converter.py writes them")
 
 
 def _as_mindformers(asked: Request, out: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
@@ -143,18 +196,18 @@ def _to_megatron(
 ) -> None:
     from ostro.data import sources
     from ostro.data.megatron import MegatronWriter
-    from ostro.data.prepare import encoded
+    from ostro.data.tasks import batches, encoded
 
     tokenizer.hurry()
     count = num_tokens = num_trained = 0
     with MegatronWriter(out, "uint16" if tokenizer.vocab_size < 65500 else "int32") as writer:
         for unit in sources.units(asked.sources, asked.kind, documents=asked.documents):
-            for record in sources.read(unit):
-                ids, trained, _ = encoded([record], tokenizer, settings.template)[0]
-                writer.append(ids)
-                count += 1
-                num_tokens += len(ids)
-                num_trained += len(ids) if trained is None else int(trained.sum())
+            for batch in batches(sources.read(unit)):
+                for ids, trained, _ in encoded(batch, tokenizer, settings.template):
+                    writer.append(ids)
+                    count += 1
+                    num_tokens += len(ids)
+                    num_trained += len(ids) if trained is None else int(trained.sum())
         if not count:
             raise DataError(f"{asked.sources[0]}: there is no text in it, so there is nothing to prepare: name others.")
     say(f"{out}.bin and {out}.idx: {count:,} documents")
@@ -179,14 +232,22 @@ def _check(asked: Request, tokenizer: Tokenizer, settings: Settings, say: Callab
         f"{found.num_over:,} are longer than {length:,}; {share:.1%} of the tokens are learned; "
         f"{found.num_duplicates:,} repeat an earlier one; {len(found.errors):,} are bad"
     )
-    rows = -(-found.num_tokens // length)
-    say(f"about {rows:,} rows of {length:,} tokens an epoch; read in {time.perf_counter() - start:.1f} s")
+    say(_estimate(asked, found.num_tokens, length, time.perf_counter() - start))
     for note in found.notes[:3]:
         say(f"  {note}")
     if asked.fix is not None:
         say(f"wrote the good ones to {asked.fix}, {size(asked.fix.stat().st_size)}")
     if found.errors:
         raise DataError(f"{len(found.errors)} records are bad: mend them, or take the good ones with --fix FILE.")
+
+
+def _estimate(asked: Request, num_tokens: int, length: int, seconds: float) -> str:
+    rows = -(-num_tokens // length)
+    batch = Train().global_batch_sequences
+    text = f"an epoch is about {rows:,} rows of {length:,} tokens, {-(-rows // batch):,} steps of {batch} rows"
+    if asked.tokens_per_second:
+        text += f", {duration(num_tokens / asked.tokens_per_second)} at {asked.tokens_per_second:,.0f} tokens/s"
+    return f"{text}; read in {seconds:.1f} s"
 
 
 def _preview(asked: Request, tokenizer: Tokenizer, settings: Settings) -> None:

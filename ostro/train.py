@@ -23,9 +23,10 @@ from ostro.batch import batch_of
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader, Row
-from ostro.data.prepare import Settings, prepared
+from ostro.data.prepare import prepared
 from ostro.data.shards import Shards
 from ostro.data.sources import parse_weight
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load

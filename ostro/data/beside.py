@@ -54,19 +54,21 @@ class Beside:
 
 
 @contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn what the operating system says of writing `out` into a sentence."""
+def disk_errors(out: Path, full: str | None = None) -> Iterator[None]:
+    """Turn what the operating system says of writing `out` into a sentence; `full` is what to do when the disk is."""
     try:
         yield
     except Error:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfMemory(
-                f"the disk is full, and nothing of {out} was kept: make room or choose a folder on another disk."
-            ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            kept = "" if full else f", and nothing of {out} was kept"
+            do = full or "make room or choose a folder on another disk"
+            raise OutOfMemory(f"the disk is full{kept}: {do}.") from None
+        named = f": {error.filename}" if error.filename and str(error.filename) != str(out) else ""
         raise DataError(
-            f"{out} cannot be written ({error.strerror or error}): change the permissions or choose another folder."
+            f"{out} cannot be written ({error.strerror or error}{named}): change the permissions or choose another "
+            "folder."
         ) from None
     except ValueError as error:  # a null character in the name
         raise DataError(f"{str(out)!r} cannot be written ({error}): choose another name.") from None

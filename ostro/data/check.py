@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ostro.data import chat, sources
+from ostro.data.arrays import ArrayFile
 from ostro.data.beside import Beside, disk_errors
-from ostro.data.prepare import Settings, require_known
-from ostro.data.records import Chat, Message, Record, Text, Tokens
+from ostro.data.duplicates import as_json, digest, repeated
+from ostro.data.records import Chat, Record, Text, Tokens
+from ostro.data.tasks import Settings, require_known
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 
@@ -65,20 +66,21 @@ def check(
     Raises DataError for what is no source at all, a `fix` that exists, and what one file cannot hold.
     """
     summary = Summary(seq_length)
-    seen: set[bytes] = set()
-    with _opened(fix) as write:
+    with _opened(fix) as write, tempfile.TemporaryDirectory() as folder:
+        digests = ArrayFile(Path(folder) / "digests.npy", np.dtype(np.uint64), (2,))
         for batch in _batches(paths, settings, summary.errors):
             refused: list[DataError] = []
             for record, ids, trained, note in _rendered(batch, tokenizer, settings.template, refused):
                 summary.add(ids, trained)
                 if note:
                     summary.notes.append(note)
-                key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-                summary.num_duplicates += key in seen
-                seen.add(key)
+                digests.append(digest(record)[None])
                 if write is not None:
                     write(record)
             summary.errors += map(str, refused)
+        digests.close()
+        found = repeated([np.load(Path(folder) / "digests.npy", mmap_mode="r")])
+        summary.num_duplicates = sum(len(places) for _, places in found)
     return summary
 
 
@@ -111,28 +113,6 @@ def _runs(record: Tokens, tokenizer: Tokenizer, max_tokens: int) -> list[tuple[s
     return [(tokenizer.decode(ids[a:b].tolist()), bool(trained[a])) for a, b in itertools.pairwise(cuts)]
 
 
-def as_json(record: Record) -> dict[str, Any]:
-    """Return a record as a line of JSON Lines that reads back the same."""
-    if isinstance(record, Text):
-        return {"text": record.text}
-    if isinstance(record, Tokens):
-        raise DataError(f"{record.where}: records of tokens have no text to write: leave --fix out.")
-    content: dict[str, Any] = {"messages": [_message(message) for message in record.messages]}
-    return content | ({"tools": list(record.tools)} if record.tools else {})
-
-
-def _message(message: Message) -> dict[str, Any]:
-    content: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.role == "assistant" and not message.trained:
-        content["weight"] = 0
-    if message.tool_calls:
-        content["tool_calls"] = [dict(call) for call in message.tool_calls]
-    for name in ("tool_call_id", "name"):
-        if getattr(message, name) is not None:
-            content[name] = getattr(message, name)
-    return content
-
-
 @contextlib.contextmanager
 def _opened(path: Path | None) -> Iterator[Callable[[Record], None] | None]:
     """Give what writes a record into a new file, which is there at the end and whole."""
@@ -147,6 +127,8 @@ def _opened(path: Path | None) -> Iterator[Callable[[Record], None] | None]:
             file = at_the_end.enter_context(contextlib.closing(beside.path(path).open("x", encoding="utf-8")))
 
         def write(record: Record) -> None:
+            if isinstance(record, Tokens):
+                raise DataError(f"{record.where}: records of tokens have no text to write: leave --fix out.")
             line = json.dumps(as_json(record), ensure_ascii=False) + "\n"
             kinds.add(isinstance(record, Text))
             if len(kinds) > 1:

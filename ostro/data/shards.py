@@ -29,12 +29,15 @@ _FILE = {"name", "num_tokens", "num_trained"}
 class Manifest:
     """What a folder of token shards holds; `files` and `sources` are lists of dicts, as in manifest.json.
 
-    `files`: name, num_tokens, num_trained. `sources`: path, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes of
-    all texts, `num_trained` the tokens that are learned. `encoder` made the ids (all of them are those of the package
+    `files`: name, num_tokens, num_trained. `sources`: path, kind, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes
+    of all texts, `num_trained` the tokens that are learned, `num_repeats` the records that were left out because they
+    equal an earlier one. `key` is a hash of all that decided what came out, the sources' times of change included.
+    `encoder` made the ids (all of them are those of the package
     tokenizers), `settings` are the rest of what decided them.
     """
 
     format: str
+    key: str
     tokenizer: str
     tokenizer_sha256: str
     vocab_size: int
@@ -46,6 +49,7 @@ class Manifest:
     num_documents: int
     num_bytes: int
     num_trained: int
+    num_repeats: int
     encoder: str
     settings: dict[str, Any]
     files: list[dict[str, Any]]
@@ -163,7 +167,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _is_typed(data: dict[str, Any]) -> bool:
-    counts = ("num_tokens", "num_documents", "num_bytes", "num_trained", "vocab_size", "bos_token_id", "eos_token_id")
+    counts = [field.name for field in dataclasses.fields(Manifest) if field.name.startswith("num_")]
+    counts += ["vocab_size", "bos_token_id", "eos_token_id"]
     files, sources = data["files"], data["sources"]
     return (
         all(type(data[name]) is int and data[name] >= 0 for name in counts)
@@ -172,7 +177,7 @@ def _is_typed(data: dict[str, Any]) -> bool:
         and len(files) > 0
         and all(isinstance(file, dict) and file.keys() >= _FILE for file in files)
         and isinstance(sources, list)
-        and all(isinstance(data[name], str) for name in ("tokenizer", "tokenizer_sha256", "dtype", "encoder"))
+        and all(isinstance(data[name], str) for name in ("key", "tokenizer", "tokenizer_sha256", "dtype", "encoder"))
     )
 
 

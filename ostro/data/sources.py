@@ -15,6 +15,7 @@ from typing import IO
 
 from ostro.data import json_files, tables, text_files
 from ostro.data.records import Record, Unit
+from ostro.data.shards import cache_dir
 from ostro.data.text_files import LARGEST, Item, exact, head, is_blank, too_long, unreadable
 from ostro.errors import DataError, nearest
 
@@ -164,11 +165,15 @@ def find(paths: Iterable[str | Path]) -> Found:
     """Return the files that `paths` name: files as given, folders and globs sorted, in the order of `paths`.
 
     Folders are searched through and through for SUFFIXES; names that start with a dot are passed over. A Megatron
-    data set may be named without .bin and .idx. Raises DataError for a path that does not exist or holds nothing.
+    data set may be named without .bin and .idx; hf://OWNER/NAME is fetched once into the cache. Raises DataError for a
+    path that does not exist or holds nothing.
     """
     found: list[Path] = []
     skipped: collections.Counter[str] = collections.Counter()
     for given in paths:
+        if tables.is_hub_id(str(given)):
+            found.append(tables.read_hub(str(given), cache_dir() / "datasets"))
+            continue
         path = Path(given)
         try:
             if path.is_dir():
@@ -363,8 +368,11 @@ def _within(folder: Path, skipped: collections.Counter[str]) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    if tables.is_hub_id(pattern):
-        raise DataError(f"{pattern} is a data set of the Hub, which is fetched first: name the file it was written to.")
+    if parse_weight(pattern)[1] is not None:
+        raise DataError(
+            f"{pattern} says a weight, which counts where data is trained on: prepare each source by itself, and train "
+            "with data.path=[DIR@0.3, OTHER@0.7]."
+        )
     if not glob.has_magic(pattern):
         raise DataError(f"{pattern} does not exist: check the path, which is relative to {Path.cwd()}.")
     files = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())

@@ -15,8 +15,8 @@ from ostro.data import chat, sources
 from ostro.data import check as room
 from ostro.data.check import as_json, check, preview
 from ostro.data.megatron import MegatronWriter
-from ostro.data.prepare import Settings
 from ostro.data.records import Chat, Text, Tokens
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import DataError, OutOfMemory
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ostro.data import fast, sources
+from ostro.data import fast, sources, tasks
 from ostro.data import prepare as room
 from ostro.data.fast import FastEncoder, fast_encoder
-from ostro.data.prepare import prepare
+from ostro.data.prepare import Hands, prepare
 from ostro.data.records import Chat, Record, Text
 from ostro.data.shards import open_shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
@@ -155,7 +155,7 @@ def test_an_encoder_that_differs_is_not_used(tmp_path: Path, monkeypatch: pytest
         write(tmp_path / f"{at}.jsonl", texts) for at, texts in enumerate((["a b c"], ["the wind", "a quick one"]))
     ]
     for name in ("one", "two"):
-        manifest = prepare(paths, tmp_path / name, tokenizer=tokenizer, workers=1)
+        manifest = prepare(paths, tmp_path / name, tokenizer=tokenizer, hands=Hands(1))
         assert manifest is not None
         assert manifest.encoder == "tokenizers"
     stream = [
@@ -164,21 +164,21 @@ def test_an_encoder_that_differs_is_not_used(tmp_path: Path, monkeypatch: pytest
     for name in ("one", "two"):
         shards = open_shards(tmp_path / name)
         assert shards.tokens(0, shards.num_tokens).tolist() == stream
-    right = prepare(paths[:1], tmp_path / "right", tokenizer=tokenizer, workers=1)
+    right = prepare(paths[:1], tmp_path / "right", tokenizer=tokenizer, hands=Hands(1))
     assert right is not None
     assert right.encoder == "gigatoken"
 
 
 def test_only_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast, "_build", Wrong)
-    monkeypatch.setattr(room, "_CHECKED_CHARS", 10)
+    monkeypatch.setattr(tasks, "_CHECKED_CHARS", 10)
     tokenizer = load("v1").slow()
     assert tokenizer.hurry()
-    check = room._Check(tokenizer)
+    check = tasks._Check(tokenizer)
     for text in ("twelve chars", "a quick one"):  # the second comes after the sample
         assert check.tokenizer_for([Text(text, "a")]) is tokenizer
     assert check.word == "gigatoken"
-    again = room._Check(tokenizer)
+    again = tasks._Check(tokenizer)
     assert not again.tokenizer_for([Text("a quick one", "a")]).is_fast
     assert not again.tokenizer_for([Text("a", "a")]).is_fast  # and stays
     assert again.word == "tokenizers"

@@ -21,14 +21,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ostro.data import chat, sources
+from ostro.data import chat, sources, tasks
 from ostro.data import prepare as room
+from ostro.data.arrays import ArrayFile
 from ostro.data.megatron import MegatronWriter
 from ostro.data.mindrecord import MindRecordWriter
-from ostro.data.prepare import Settings, prepare, prepared
+from ostro.data.prepare import Hands, prepare, prepared
 from ostro.data.records import Chat, Unit
 from ostro.data.shards import FORMAT, Manifest, is_prepared, open_shards
+from ostro.data.tasks import Settings, Tokenize
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.data.workers import done
 from ostro.errors import DataError, OutOfMemory
 
 TEXTS = ["The wind rose.", "Grüße, 😀!\n\n  two\n", "three " * 50]
@@ -94,7 +97,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenizer):
-    said: list[tuple[int, int]] = []
+    said: list[tuple[int, int, int]] = []
     out = tmp_path / "data"
     manifest = prepare([corpus], out, tokenizer=v1, report=lambda *done: said.append(done))
     rows = [v1.encode(text, bos=True, eos=True) for text in TEXTS]
@@ -106,8 +109,9 @@ def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenize
     sizes = [len(text.encode()) for text in TEXTS]
     assert np.load(out / "documents.npy")[:, 1].tolist() == sizes
     assert manifest == shards.manifest
-    assert dataclasses.asdict(shards.manifest) | {"encoder": "", "settings": {}} == {
+    assert dataclasses.asdict(shards.manifest) | {"encoder": "", "settings": {}, "key": ""} == {
         "format": FORMAT,
+        "key": "",
         "tokenizer": "v1",
         "tokenizer_sha256": v1.sha256,
         "vocab_size": 32000,
@@ -119,18 +123,20 @@ def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenize
         "num_documents": 3,
         "num_bytes": sum(sizes),
         "num_trained": len(stream),
+        "num_repeats": 0,
         "encoder": "",
         "settings": {},
         "files": [{"name": "tokens-00000.npy", "num_tokens": len(stream), "num_trained": len(stream)}],
         "sources": [
             {
                 "path": str(corpus),
+                "kind": "jsonl",
                 "num_bytes": corpus.stat().st_size,
                 "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
             }
         ],
     }
-    assert said == [(len(stream), sum(sizes))]
+    assert said == [(len(stream), corpus.stat().st_size, corpus.stat().st_size)]
     assert sorted(contents(out)) == ["documents.npy", "manifest.json", "tokens-00000.npy"]
     assert left_behind(tmp_path) == []
     (tmp_path / "fresh").mkdir()
@@ -138,35 +144,35 @@ def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenize
 
 
 def test_batches_of_any_size_give_the_same(tmp_path: Path, many: Path, v1: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    prepare([many], tmp_path / "one", tokenizer=v1, workers=1)
-    monkeypatch.setattr(room, "_BATCH_RECORDS", 2)
-    monkeypatch.setattr(room, "_BATCH_CHARS", 50)
-    prepare([many], tmp_path / "two", tokenizer=v1, workers=1)
+    prepare([many], tmp_path / "one", tokenizer=v1, hands=Hands(1))
+    monkeypatch.setattr(tasks, "_BATCH_RECORDS", 2)
+    monkeypatch.setattr(tasks, "_BATCH_CHARS", 50)
+    prepare([many], tmp_path / "two", tokenizer=v1, hands=Hands(1))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_processes_and_shares_give_the_same_bytes(tmp_path: Path, many: Path, v1: Tokenizer):
-    whole = prepare([many], tmp_path / "one", tokenizer=v1, workers=1)
+    whole = prepare([many], tmp_path / "one", tokenizer=v1, hands=Hands(1))
     assert whole is not None
     assert len(whole.files) == 6
-    assert prepare([many], tmp_path / "two", tokenizer=v1, workers=2) == whole
+    assert prepare([many], tmp_path / "two", tokenizer=v1, hands=Hands(2)) == whole
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     for _ in range(2):  # the second time nothing is left of it
-        assert prepare([many], tmp_path / "shared", tokenizer=v1, workers=1, share=(1, 2)) is None
+        assert prepare([many], tmp_path / "shared", tokenizer=v1, hands=Hands(1, (1, 2))) is None
     assert not is_prepared(tmp_path / "shared")
-    assert prepare([many], tmp_path / "shared", tokenizer=v1, workers=1, share=(0, 2)) == whole
+    assert prepare([many], tmp_path / "shared", tokenizer=v1, hands=Hands(1, (0, 2))) == whole
     assert contents(tmp_path / "shared") == contents(tmp_path / "one")
     assert left_behind(tmp_path) == []
 
 
 def test_shares_that_start_and_end_together(tmp_path: Path, many: Path, v1: Tokenizer):
-    expected = prepare([many], tmp_path / "one", tokenizer=v1, workers=1)
+    expected = prepare([many], tmp_path / "one", tokenizer=v1, hands=Hands(1))
     for turn in range(5):
         out, found, errors = tmp_path / f"out{turn}", [], []
 
         def run(share: int, out: Path = out, found: list = found, errors: list = errors) -> None:
             try:
-                found.append(prepare([many], out, tokenizer=load("v1"), workers=1, share=(share, 3)))
+                found.append(prepare([many], out, tokenizer=load("v1"), hands=Hands(1, (share, 3))))
             except Exception as error:
                 errors.append(error)
 
@@ -195,23 +201,24 @@ def test_another_share_was_faster(tmp_path: Path, corpus: Path, v1: Tokenizer, m
 
 KILLED = """
 import os, signal, sys
-from ostro.data import prepare as room
+from ostro.data import prepare as room, tasks
 from ostro.data.tokenizer import load_tokenizer
-room.TASK_BYTES, room._BATCH_RECORDS, left = 1, 1, [int(sys.argv[3])]
-real = room.{name}
+room.TASK_BYTES, tasks._BATCH_RECORDS, left = 1, 1, [int(sys.argv[3])]
+where = tasks if hasattr(tasks, "{name}") else room
+real = where.{name}
 def dies(*arguments):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-room.{name} = dies
-room.prepare([sys.argv[1]], sys.argv[2], tokenizer=load_tokenizer(), workers=1)
+where.{name} = dies
+room.prepare([sys.argv[1]], sys.argv[2], tokenizer=load_tokenizer(), hands=room.Hands(1))
 """
 
 
-@pytest.mark.parametrize(("name", "calls"), [("encoded", 0), ("encoded", 14), ("_finished", 0), ("_clear_up", 0)])
+@pytest.mark.parametrize(("name", "calls"), [("encoded", 0), ("encoded", 14), ("_put_together", 0), ("_clear_up", 0)])
 def test_what_was_killed_is_gone_on_with(tmp_path: Path, many: Path, v1: Tokenizer, name: str, calls: int):
-    prepare([many], tmp_path / "one", tokenizer=v1, workers=1)
+    prepare([many], tmp_path / "one", tokenizer=v1, hands=Hands(1))
     out, partial = tmp_path / "data", tmp_path / ".data.partial"
     command = [sys.executable, "-c", KILLED.format(name=name), str(many), str(out), str(calls)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
@@ -223,7 +230,7 @@ def test_what_was_killed_is_gone_on_with(tmp_path: Path, many: Path, v1: Tokeniz
     finished = stamps(partial)
     assert bool(finished) == ((name, calls) != ("encoded", 0))
     assert bool(list(partial.glob("*.writing"))) == (name == "encoded")  # it was in the middle of a task
-    prepare([many], out, tokenizer=v1, workers=1)
+    prepare([many], out, tokenizer=v1, hands=Hands(1))
     assert contents(out) == contents(tmp_path / "one")
     kept = stamps(out)
     assert {name: kept[name] for name in finished if name in kept} == {
@@ -240,9 +247,10 @@ def test_a_worker_that_is_killed_is_an_error_and_no_wait(tmp_path: Path, corpus:
     partial.mkdir()
     v1.save(partial / "tokenizer")
     os.mkfifo(pipe)
-    work = room._work(partial, [(0, [Unit(str(corpus), "jsonl")]), (1, [Unit(str(pipe), "text")])], Settings(), 2)
+    todo = [(0, [Unit(str(corpus), "jsonl")]), (1, [Unit(str(pipe), "text")])]
+    work = done(Tokenize(partial, "", Settings()), todo, workers=2, ray=None)
     before = set(multiprocessing.active_children())
-    assert next(work)["num_documents"] == 3
+    assert next(work)[1]["num_documents"] == 3
     for child in set(multiprocessing.active_children()) - before:
         child.kill()
     with pytest.raises(OutOfMemory, match=r"ended from outside.*give the same command again.*fewer --workers"):
@@ -251,11 +259,11 @@ def test_a_worker_that_is_killed_is_an_error_and_no_wait(tmp_path: Path, corpus:
 
 
 def test_another_plan_is_not_gone_on_with(tmp_path: Path, many: Path, v1: Tokenizer):
-    prepare([many], tmp_path / "data", tokenizer=v1, workers=1, share=(0, 2))
+    prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1, (0, 2)))
     before = contents(tmp_path / ".data.partial")
     match = r"\.data\.partial holds the beginning of another preparation .*: remove it, or finish that one first"
     others: list[Callable[[], object]] = [
-        lambda: prepare([many], tmp_path / "data", tokenizer=load("v3"), workers=1),
+        lambda: prepare([many], tmp_path / "data", tokenizer=load("v3"), hands=Hands(1)),
         lambda: prepare([many / "9.txt"], tmp_path / "data", tokenizer=v1),
         lambda: prepare([many], tmp_path / "data", tokenizer=v1, settings=Settings(documents="line")),
         lambda: prepare([many], tmp_path / "data", tokenizer=v1, settings=Settings(template="vicuna")),
@@ -265,10 +273,10 @@ def test_another_plan_is_not_gone_on_with(tmp_path: Path, many: Path, v1: Tokeni
             other()
     os.utime(many / "9.txt", ns=(1, 1))
     with pytest.raises(DataError, match=match):
-        prepare([many], tmp_path / "data", tokenizer=v1, workers=1)
+        prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1))
     assert contents(tmp_path / ".data.partial") == before
     shutil.rmtree(tmp_path / ".data.partial")
-    assert prepare([many], tmp_path / "data", tokenizer=v1, workers=1)
+    assert prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1))
 
 
 def own_template(folder: Path, answer: str, v1: Tokenizer) -> Tokenizer:
@@ -327,7 +335,7 @@ def test_sources_of_every_kind_mix(tmp_path: Path, many: Path, corpus: Path, v1:
     with MindRecordWriter(tmp_path / "q.mindrecord", ("input_ids", "labels"), "qa") as rows:
         rows.append({"input_ids": ids, "labels": np.where(ids > 5, ids, -100).astype(np.int32)})
     paths = [corpus, many / "2-talks.jsonl", tmp_path / "m.idx", tmp_path / "q.mindrecord"]
-    prepare(paths, tmp_path / "data", tokenizer=v1, workers=1)
+    prepare(paths, tmp_path / "data", tokenizer=v1, hands=Hands(1))
     shards = open_shards(tmp_path / "data")
     files = shards.manifest.files
     assert shards.manifest.num_documents == 3 + 3 + 2 + 1
@@ -361,7 +369,9 @@ def test_a_large_vocabulary_takes_wider_tokens(tmp_path: Path, corpus: Path, mon
             folder.mkdir()
 
     large: Tokenizer = Large()  # type: ignore[assignment]
-    monkeypatch.setattr(room, "_of", lambda folder: large)
+    kept = functools.lru_cache(lambda folder, key: large)
+    for module in (room, tasks):
+        monkeypatch.setattr(module, "tokenizer_of", kept)
     monkeypatch.setattr(room, "_settled", lambda *_: {})
     prepare([corpus], tmp_path / "data", tokenizer=large)
     shards = open_shards(tmp_path / "data")
@@ -370,17 +380,28 @@ def test_a_large_vocabulary_takes_wider_tokens(tmp_path: Path, corpus: Path, mon
     assert shards.tokens(0, len(plain) + 2).tolist() == [100_001, *(token + 90_000 for token in plain), 100_002]
 
 
+def test_the_same_again_is_left_as_it_is(tmp_path: Path, many: Path, v1: Tokenizer):
+    out = tmp_path / "data"
+    first = prepare([many], out, tokenizer=v1, hands=Hands(1))
+    before = stamps(out)
+    assert prepare([many], out, tokenizer=v1) == first
+    assert stamps(out) == before
+    os.utime(many / "9.txt", ns=(1, 1))
+    with pytest.raises(DataError, match="already holds prepared data, of other or changed sources"):
+        prepare([many], out, tokenizer=v1)
+
+
 def test_out_must_be_new(tmp_path: Path, corpus: Path, v1: Tokenizer):
     prepare([corpus], tmp_path / "data", tokenizer=v1)
-    with pytest.raises(DataError, match="already holds prepared data: choose another folder"):
-        prepare([corpus], tmp_path / "data", tokenizer=v1)
+    with pytest.raises(DataError, match="already holds prepared data, of other or changed sources"):
+        prepare([corpus], tmp_path / "data", tokenizer=load("v3"))
     for taken in (corpus, tmp_path):
         with pytest.raises(DataError, match="exists and is not an empty folder"):
             prepare([corpus], taken, tokenizer=v1)
     (tmp_path / "empty").mkdir()
     prepare([corpus], tmp_path / "empty", tokenizer=v1)
     assert is_prepared(tmp_path / "empty")
-    with pytest.raises(DataError, match=r"inside cannot be prepared \((File exists|Not a directory)"):
+    with pytest.raises(DataError, match=r"inside cannot be written \((File exists|Not a directory)"):
         prepare([corpus], corpus / "inside", tokenizer=v1)
 
 
@@ -397,9 +418,9 @@ def test_an_error_is_the_same_from_a_worker(tmp_path: Path, many: Path, v1: Toke
     messages = set()
     for workers in (1, 2):
         with pytest.raises(DataError, match=r'3\.jsonl line 2: "text" must be a string, and is int') as caught:
-            prepare([many], tmp_path / f"data{workers}", tokenizer=v1, workers=workers)
+            prepare([many], tmp_path / f"data{workers}", tokenizer=v1, hands=Hands(workers))
         messages.add(str(caught.value))
-        assert not (tmp_path / f"data{workers}").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["many"]
     assert len(messages) == 1
 
 
@@ -415,22 +436,22 @@ def test_a_conversation_that_cannot_be_rendered_names_its_line(tmp_path: Path, v
 def test_a_full_disk_is_a_sentence_and_gone_on_from(
     tmp_path: Path, many: Path, v1: Tokenizer, monkeypatch: pytest.MonkeyPatch, writes: int
 ):
-    real, left = room.ArrayFile.append, [writes]
+    real, left = ArrayFile.append, [writes]
 
-    def append(self: room.ArrayFile, rows: np.ndarray) -> None:
+    def append(self: ArrayFile, rows: np.ndarray) -> None:
         if not left[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left[0] -= 1
         real(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room.ArrayFile, "append", append)
+        patch.setattr(ArrayFile, "append", append)
         with pytest.raises(OutOfMemory, match=r"the disk is full: make room .*same command again"):
-            prepare([many], tmp_path / "data", tokenizer=v1, workers=1)
+            prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1))
     assert not list((tmp_path / ".data.partial").glob("*.writing"))
     assert not (tmp_path / "data").exists()
-    prepare([many], tmp_path / "data", tokenizer=v1, workers=1)
-    prepare([many], tmp_path / "whole", tokenizer=v1, workers=1)
+    prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1))
+    prepare([many], tmp_path / "whole", tokenizer=v1, hands=Hands(1))
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
@@ -470,5 +491,5 @@ def test_prepared_data_is_taken_as_it_is(tmp_path: Path, corpus: Path, v1: Token
 
 def test_tasks_are_cut_by_size_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(room, "TASK_BYTES", 10)
-    tasks = room.grouped([Unit("a", "text", 0, size) for size in (4, 6, 1, 30, 2, 2)])
-    assert [[unit.stop for unit in task] for task in tasks] == [[4, 6], [1], [30], [2, 2]]
+    found = room.grouped([Unit("a", "text", 0, size) for size in (4, 6, 1, 30, 2, 2)])
+    assert [[unit.stop for unit in task] for task in found] == [[4, 6], [1], [30], [2, 2]]

@@ -1,0 +1,236 @@
+"""One task of a preparation: some units of the sources become one shard of tokens, and a note that it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ostro.data import chat, sources
+from ostro.data.arrays import ArrayFile
+from ostro.data.duplicates import digest, digests_path, repeats_path
+from ostro.data.records import Chat, Record, Text, Tokens, Unit
+from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.errors import DataError
+
+_BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 4096
+_CHECKED_CHARS = 1 << 18  # of each task, encoded once more by the package tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides, besides the sources and the tokenizer, which tokens come out.
+
+    `kind` is a key of SOURCES or "auto"; `documents` is what a document of a text file is: the `file`, a `line`, or
+    what `blank` lines separate; `template` names how conversations are rendered (None: "auto"); with `dedup` a record
+    that equals an earlier one is left out.
+    """
+
+    kind: str = "auto"
+    documents: str = "file"
+    template: str | None = None
+    dedup: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """The task that writes a shard: `folder` is the preparation's and `key` its plan's, by which a tokenizer is kept."""
+
+    folder: Path
+    key: str
+    settings: Settings
+
+    def __call__(self, number: int, units: Sequence[Unit]) -> dict[str, Any]:
+        """Write the shard `number` of these units and the note that it is done; return the note."""
+        names = {word: self.folder / f"{word}-{number:05d}.npy" for word in ("tokens", "trained", "ends")}
+        beside = {word: beside_of(path) for word, path in names.items()}
+        try:
+            records = self._kept(number, units) if self.settings.dedup else _records(units)
+            note = _written(beside, records, tokenizer_of(self.folder, self.key), self.settings.template)
+            for word, path in beside.items():
+                if word != "trained" or note["num_trained"] < note["num_tokens"]:
+                    path.replace(names[word])
+        finally:  # a full disk is not filled further
+            for path in beside.values():
+                path.unlink(missing_ok=True)
+        write_whole(note_path(self.folder, number), note)
+        return note
+
+    def _kept(self, number: int, units: Sequence[Unit]) -> Iterator[Record]:
+        repeats = np.load(repeats_path(self.folder, number), mmap_mode="r")
+        for at, record in enumerate(_records(units)):
+            if at >= len(repeats):
+                raise DataError(f"{record.where}: the file has changed since it was read: give the same command again.")
+            if not repeats[at]:
+                yield record
+
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+    """The task before it where duplicates are left out: it writes down what each record is, in 16 bytes."""
+
+    folder: Path
+
+    def __call__(self, number: int, units: Sequence[Unit]) -> None:
+        """Write the digests of these units' records, in their order."""
+        path = digests_path(self.folder, number)
+        beside = beside_of(path)
+        try:
+            with ArrayFile(beside, np.dtype(np.uint64), (2,)) as file:
+                for batch in batches(_records(units)):
+                    file.append(np.stack([digest(record) for record in batch]))
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=1)
+def tokenizer_of(folder: Path, key: str) -> Tokenizer:
+    """Return the tokenizer that a preparation keeps in its folder, with the fast encoder where there is one."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer.name = (read_json(folder / "plan.json") or {}).get("tokenizer", tokenizer.name)  # what errors call it
+    tokenizer.hurry()
+    return tokenizer
+
+
+def encoded(
+    batch: Sequence[Record], tokenizer: Tokenizer, template: str | None
+) -> list[tuple[np.ndarray, np.ndarray | None, int]]:
+    """Return ids, which of them are learned (None: all) and the text's bytes of each record."""
+    rows: list[tuple[np.ndarray, np.ndarray | None, int] | None] = [None] * len(batch)
+    texts = [(at, record) for at, record in enumerate(batch) if isinstance(record, Text)]
+    bos, eos = (np.array([at], np.uint32) for at in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    for (at, record), ids in zip(texts, tokenizer.encode_arrays([text.text for _, text in texts]), strict=True):
+        rows[at] = np.concatenate([bos, ids, eos]), None, _size(record.text)
+    chats = [(at, record) for at, record in enumerate(batch) if isinstance(record, Chat)]
+    if chats:
+        named = chat.load_template(template or "auto", tokenizer)
+        rendered = chat.render_batch([record for _, record in chats], named, tokenizer)
+        for (at, record), one in zip(chats, rendered, strict=True):
+            rows[at] = one.ids, one.trained, sum(_size(message.content) for message in record.messages)
+    for at, record in enumerate(batch):
+        if isinstance(record, Tokens):
+            require_known(record, tokenizer)
+            rows[at] = record.ids, record.trained, 0
+    return [row for row in rows if row is not None]
+
+
+def require_known(record: Tokens, tokenizer: Tokenizer) -> None:
+    """Raise DataError for tokens that are none of the tokenizer's."""
+    least, most = int(record.ids.min(initial=0)), int(record.ids.max(initial=0))
+    if least < 0 or most >= tokenizer.vocab_size:
+        raise DataError(
+            f"{record.where}: its tokens go from {least} to {most}, and tokenizer {tokenizer.name} has 0 to "
+            f"{tokenizer.vocab_size - 1}: name the tokenizer that made them."
+        )
+
+
+def batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Yield the records some millions of characters at a time."""
+    batch: list[Record] = []
+    num_chars = 0
+    for record in records:
+        batch.append(record)
+        num_chars += len(record.ids) if isinstance(record, Tokens) else sum(map(len, _texts(record)))
+        if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_RECORDS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _written(
+    beside: dict[str, Path], records: Iterator[Record], tokenizer: Tokenizer, template: str | None
+) -> dict[str, Any]:
+    num_trained = num_bytes = 0
+    check = _Check(tokenizer)
+    with (
+        ArrayFile(beside["tokens"], token_dtype(tokenizer)) as tokens,
+        ArrayFile(beside["trained"], np.dtype(bool)) as trained,
+        ArrayFile(beside["ends"], np.dtype(np.int64), (2,)) as ends,
+    ):
+        for batch in batches(records):
+            rows = encoded(batch, check.tokenizer_for(batch), template)
+            end = tokens.num_rows + np.cumsum([len(ids) for ids, _, _ in rows])
+            ends.append(np.stack([end, [size for _, _, size in rows]], axis=1))
+            tokens.append(np.concatenate([ids for ids, _, _ in rows]))
+            learned = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask, _ in rows])
+            trained.append(learned)
+            num_trained += int(learned.sum())
+            num_bytes += sum(size for _, _, size in rows)
+    return {
+        "num_tokens": tokens.num_rows,
+        "num_documents": ends.num_rows,
+        "num_bytes": num_bytes,
+        "num_trained": num_trained,
+        "encoder": check.word,
+    }
+
+
+class _Check:
+    """Which encoder a task uses: the fast one while it gives the same ids for the task's own first texts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._left = tokenizer, _CHECKED_CHARS
+        self.word = "gigatoken" if tokenizer.is_fast else "tokenizers"
+
+    def tokenizer_for(self, batch: Sequence[Record]) -> Tokenizer:
+        """Return the tokenizer for a batch, having looked at some of it."""
+        if self.word == "gigatoken" and self._left > 0:
+            texts = [text[: self._left] for record in batch for text in _texts(record)][:64]
+            self._left -= sum(map(len, texts))
+            if not self._tokenizer.agrees(texts):
+                self.word = "tokenizers"
+        return self._tokenizer if self.word == "gigatoken" or not self._tokenizer.is_fast else self._tokenizer.slow()
+
+
+def _records(units: Sequence[Unit]) -> Iterator[Record]:
+    for unit in units:
+        yield from sources.read(unit)
+
+
+def _texts(record: Record) -> Iterator[str]:
+    if isinstance(record, Text):
+        yield record.text
+    elif isinstance(record, Chat):
+        yield from (message.content for message in record.messages)
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the dtype of the shards' tokens: two bytes where the vocabulary fits into them."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def note_path(folder: Path, number: int) -> Path:
+    """Return where the note lies that a task is done."""
+    return folder / f"task-{number:05d}.json"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a file that `write_whole` wrote holds; None where there is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def beside_of(path: Path) -> Path:
+    """Return where a file is written before it has its name; no two processes on any machines share one."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    beside = beside_of(path)
+    beside.write_text(json.dumps(content), "utf-8")
+    beside.replace(path)

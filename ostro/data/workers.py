@@ -1,0 +1,121 @@
+"""Who does the tasks of a preparation: this process, processes beside it, or a Ray cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from ostro.data.records import Unit
+from ostro.errors import DataError, Error, OutOfMemory
+
+Result = TypeVar("Result")
+Task = Callable[[int, Sequence[Unit]], Result]
+Todo = Sequence[tuple[int, Sequence[Unit]]]
+
+_SMALL_BYTES = 8 << 20  # what is done before another process has started
+
+
+def done(task: Task[Result], todo: Todo, *, workers: int | None, ray: str | None) -> Iterator[tuple[int, Result]]:
+    """Do a task for each number and its units, in any order; yield the number and the result when one is done.
+
+    `workers` None is one process a core, and this process alone where there is little to do; `ray` is the address of
+    a cluster that does them instead. Raises what the task raises, OutOfMemory where a process was killed, DataError
+    for a cluster that cannot be had. Nothing works on when it returns or raises.
+    """
+    if not todo:
+        return
+    if ray is not None:
+        yield from _on_ray(task, todo, ray)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or cores, len(todo))
+    size = sum(size_of(unit) for _, units in todo for unit in units)
+    if count <= 1 or (workers is None and size < _SMALL_BYTES):
+        for number, units in todo:
+            yield number, task(number, units)
+        return
+    import multiprocessing
+
+    # Not fork: whoever calls may have threads, and the tokenizer's own pool does not survive one. Not Pool, which waits
+    # for ever for what a killed process had begun.
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    try:
+        started = {pool.submit(task, number, units): number for number, units in todo}
+        for ended in as_completed(started):
+            yield started[ended], ended.result()
+    except BrokenProcessPool:
+        raise _killed('with fewer --workers (from Python, call prepare under if __name__ == "__main__":)') from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def size_of(unit: Unit) -> int:
+    """Return the bytes that a unit takes in its file."""
+    return (unit.stop if unit.stop is not None else os.path.getsize(unit.path)) - unit.start
+
+
+def _on_ray(task: Task[Result], todo: Todo, address: str) -> Iterator[tuple[int, Result]]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError("--ray needs the package ray: pip install 'ostro[ray]'.") from None
+    try:
+        _reach(address)
+        ray.init(address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    except (Exception, SystemExit) as error:  # a connection can fail in many ways
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise DataError(f"the Ray cluster {address!r} cannot be reached ({reason}): check --ray ADDRESS.") from None
+    try:
+        yield from _ray_results(ray, task, todo)
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT: Ray itself finds out after some minutes."""
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if found:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
+
+
+def _ray_results(ray: Any, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
+    remote = ray.remote(_called)
+    pending = {remote.remote(task, number, [_absolute(unit) for unit in units]): number for number, units in todo}
+    try:
+        while pending:
+            (ended,), _ = ray.wait(list(pending), num_returns=1)
+            result = ray.get(ended)
+            yield pending.pop(ended), result
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (Error, OSError)):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise _killed(f"on a cluster that has more of it ({reason})") from None
+    finally:
+        for left in pending:
+            ray.cancel(left)
+        ray.wait(list(pending), num_returns=len(pending)) if pending else None
+
+
+def _called(task: Task[Result], number: int, units: Sequence[Unit]) -> Result:
+    return task(number, units)
+
+
+def _absolute(unit: Unit) -> Unit:
+    return dataclasses.replace(unit, path=os.path.abspath(unit.path))
+
+
+def _killed(how: str) -> OutOfMemory:
+    return OutOfMemory(
+        "a process that prepared data was ended from outside, as a system short of memory does: give the same command "
+        f"again, which goes on from there, {how}."
+    )
