@@ -22,7 +22,7 @@ from ostro import log
 from ostro.batch import batch_of
 from ostro.config import Config
 from ostro.data import shards as token_shards
-from ostro.data.loader import Loader, Row
+from ostro.data.loader import Loader, Row, packing_of
 from ostro.data.prepare import prepared
 from ostro.data.shards import Shards
 from ostro.data.sources import parse_weight
@@ -115,9 +115,7 @@ def set_up(config: Config) -> Run:
         model=model,
         optimizer=build_optimizer(model, config.model, config.optim),
         total_steps=_total_steps(config, loader),
-        data_sha256=hashlib.sha256(
-            json.dumps([[source["sha256"] for source in one.manifest.sources] for one in shards]).encode()
-        ).hexdigest(),
+        data_sha256=_sha256(shards),
     )
     newest = dcp.latest(run.checkpoints)
     if newest is not None and config.checkpoint.resume == "never":
@@ -193,18 +191,19 @@ def _loader(config: Config, tokenizer: Tokenizer) -> tuple[Loader, list[Shards]]
         shards = [part for path, _ in named for part in _open_data(config, (path,), tokenizer)]
     else:
         shards = _open_data(config, data.path, tokenizer)
-    is_partly = any(part.manifest.num_trained < part.num_tokens for part in shards)
     loader = Loader(
         shards,
         seq_length=data.seq_length,
         seed=config.train.seed,
         shuffle=data.shuffle,
-        packing=data.packing if data.packing != "auto" else "bestfit" if is_partly else "concat",
+        packing=packing_of(shards) if data.packing == "auto" else data.packing,
         overlong=data.overlong,
         pad_token_id=data.pad_token_id,
         weights=weights or None,
         weights_by=data.weights_by,
     )
+    for note in loader.notes():
+        log.say(note, style="yellow")
     return loader, shards
 
 
@@ -279,7 +278,7 @@ def train_step(run: Run) -> StepStats:
     rows = run.loader.rows(run.step, config.train.global_batch_sequences)
     num_labels = float(sum(row.weights_L.sum() for row in rows))
     if num_labels == 0:
-        raise TrainError(f"step {run.step + 1}: no token of this batch has a label: documents are single tokens.")
+        raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {_why(rows)}.")
     num_tokens = sum(len(row.tokens_L) for row in rows)
     stats_LS = torch.zeros(
         config.model.num_hidden_layers,
@@ -309,6 +308,16 @@ def train_step(run: Run) -> StepStats:
     return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
 
 
+def _why(rows: list[Row]) -> str:
+    """Say why nothing of these rows is learned, and what helps."""
+    if not any(row.labels_L.any() for row in rows):
+        return "its documents are single tokens; look at the data"
+    return (
+        "all of it is masked (what only the assistant's side does not say, or what follows data.pad_token_id); raise "
+        "train.global_batch_sequences or data.seq_length, or leave long documents out with data.overlong=drop"
+    )
+
+
 def _micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -333,8 +342,7 @@ def _loop(run: Run) -> Outcome:
                 _write_profile(run, profiler)
                 profiler = None
             if run.eval_shards and config.train.eval_every and run.step % config.train.eval_every == 0:
-                result = evaluate(run.model, run.eval_shards, config.data.seq_length)
-                row |= {"eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+                row |= _evaluated(run)
             metrics.write(row)
             progress.show(row)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
@@ -345,6 +353,14 @@ def _loop(run: Run) -> Outcome:
             saved = _save(run, progress, saved)
     metrics.close()
     return Outcome(run.run_dir, run.step, saved, row, signals.caught)
+
+
+def _evaluated(run: Run) -> dict[str, float]:
+    data = run.config.data
+    packing = None if data.packing == "auto" else data.packing
+    found = evaluate(run.model, run.eval_shards, data.seq_length, packing=packing, pad_token_id=data.pad_token_id)
+    is_text = math.isfinite(found.bits_per_byte)
+    return {"eval_loss": found.loss} | ({"eval_bits_per_byte": found.bits_per_byte} if is_text else {})
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
@@ -416,6 +432,15 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
     return run.step
 
 
+def _sha256(shards: list[Shards]) -> str:
+    """Name the tokens: by what they were made of, and by how many came out, which other templates change."""
+    made = [
+        [[source["sha256"] for source in one.sources], one.num_documents, one.num_tokens, one.num_trained]
+        for one in (part.manifest for part in shards)
+    ]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
 def _settings(run: Run) -> dict[str, Any]:
     return json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"}))
 
@@ -427,6 +452,10 @@ def _data_state(run: Run) -> dict[str, Any]:
         "data.tokenizer (sha256)": run.tokenizer.sha256,
         "data.seq_length": config.data.seq_length,
         "data.path (sha256)": run.data_sha256,
+        "data.path (shares)": [parse_weight(path)[1] for path in config.data.path],
+        **{
+            f"data.{name}": getattr(config.data, name) for name in ("packing", "overlong", "weights_by", "pad_token_id")
+        },
         "data.shuffle": config.data.shuffle,
         "train.seed": config.train.seed,
         "train.global_batch_sequences": config.train.global_batch_sequences,

@@ -21,6 +21,8 @@ from ostro.data.packing import OVERLONG, PACKINGS, Concat, Overlong, Packing, Pi
 from ostro.data.shards import Shards
 from ostro.errors import ConfigError, DataError
 
+_FATES = {"split": "cut into several rows", "drop": "left out", "truncate": "cut off there"}
+
 # Rows are planned so many tokens at a time: enough that a row's share of the planning is small.
 _BLOCK_TOKENS = 2**21
 _BLOCK_ROWS = (64, 8192)
@@ -132,6 +134,35 @@ class Loader:
             rows += self._read(self._block(number).between(at, at + here))
             first, count = first + here, count - here
         return rows
+
+    def num_unlearned(self) -> int:
+        """Count the parts of documents too long for a row, and documents cut off, of which nothing is learned.
+
+        Reads the masks of those documents and, with a pad id, their tokens; documents that fit are not looked at.
+        """
+        return sum(
+            not self._stream.is_learned(start, start + length + goes_on, self._pad)
+            for source in self._sources
+            for pieces in source.overlong()
+            for start, length, goes_on in zip(
+                pieces.starts_P.tolist(), pieces.lengths_P.tolist(), pieces.goes_on_P.tolist(), strict=True
+            )
+        )
+
+    def notes(self) -> list[str]:
+        """Return a sentence on the documents that are too long for a row, where there are any."""
+        if not self.num_overlong:
+            return []
+        are = "is" if self.num_overlong == 1 else "are"
+        note = (
+            f"{self.num_overlong:,} of {len(self._stream.ends):,} documents {are} longer than "
+            f"data.seq_length={self.seq_length} and {are} {_FATES[self._overlong]} (data.overlong={self._overlong})"
+        )
+        count = self.num_unlearned()
+        if count:
+            what = "documents" if self._overlong == "truncate" else "parts"
+            note += f"; {count:,} of these {what} {'has' if count == 1 else 'have'} no token that is learned"
+        return [note]
 
     def _source(self, first: int, last: int, key: tuple[int | str, ...]) -> Concat | Windows:
         """Return documents `first` to `last` of the stream as rows."""
@@ -261,6 +292,22 @@ class _Stream:
                 trained[low:high] = mask[start:stop]
         return tokens, trained
 
+    def is_learned(self, start: int, stop: int, pad: int) -> bool:
+        """Whether any of tokens [start, stop) but the first is learned, where none is after the id `pad`."""
+        if pad >= 0:
+            tokens, trained = self.read(np.array([start]), np.array([stop]))
+            after = tokens[:-1] != pad
+            return bool((after if trained is None else after & trained[1:]).any())
+        start += 1
+        while start < stop:
+            file = int(self._stops.searchsorted(start, side="right"))
+            base, end = int(self._starts[file]), min(stop, int(self._stops[file]))
+            mask = self._trained[file]
+            if mask is None or mask[start - base : end - base].any():
+                return True
+            start = end
+        return False
+
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens at these places, as int64, and whether each is learned."""
         tokens, trained = np.empty(len(places), dtype=np.int64), np.ones(len(places), dtype=bool)
@@ -318,6 +365,12 @@ def _quotas(sources: Sequence[Concat | Windows], weights: Sequence[float], weigh
             "weights or a longer data.seq_length."
         )
     return [max(1, round(count)) for count in rows]
+
+
+def packing_of(shards: Sequence[Shards]) -> Packing:
+    """Return how data is packed where nobody says: whole documents where only some tokens are learned."""
+    is_partly = any(part.manifest.num_trained < part.num_tokens for part in shards)
+    return "bestfit" if is_partly else "concat"
 
 
 def _vocabulary(shards: Shards) -> tuple[str, int, int]:

@@ -6,7 +6,7 @@ A row is a list of pieces of the token stream. Which pieces, is arithmetic on wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -147,6 +147,10 @@ class Concat:
         self.num_tokens = min(self.num_rows * length, stop - start)
         self.num_overlong = 0
 
+    def overlong(self) -> Iterator[Pieces]:
+        """Yield nothing: no document is too long for rows that are cut anywhere."""
+        return iter(())
+
     def pieces(self, positions: np.ndarray) -> Pieces:
         """Return the rows at these positions, counted over all epochs."""
         if self._shuffle:
@@ -226,6 +230,16 @@ class Windows:
         return gathered(
             epochs * num_windows + windows, lambda group, at: self._plan(*divmod(group, num_windows)).rows(rows[at])
         )
+
+    def overlong(self) -> Iterator[Pieces]:
+        """Yield what became of the documents that do not fit into a row, some thousands at a time, a piece a row."""
+        if self.num_overlong:
+            for window in range(len(self._counts)):
+                starts, lengths = self._documents(window)
+                is_long = lengths > self._length
+                if is_long.any():
+                    fitted = self._fitted(starts[is_long], lengths[is_long])
+                    yield Pieces(*fitted, np.arange(len(fitted[0]) + 1))
 
     def _placed(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the window of each place in this epoch, and which of its rows."""

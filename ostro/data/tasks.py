@@ -40,7 +40,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """The task that writes a shard: `folder` is the preparation's and `key` its plan's, by which a tokenizer is kept."""
+    """The task that writes a shard: `folder` is the preparation's, `key` its plan's, by which a tokenizer is kept."""
 
     folder: Path
     key: str

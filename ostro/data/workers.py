@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import socket
@@ -68,7 +69,7 @@ def _on_ray(task: Task[Result], todo: Todo, address: str) -> Iterator[tuple[int,
         raise DataError("--ray needs the package ray: pip install 'ostro[ray]'.") from None
     try:
         _reach(address)
-        ray.init(address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
     except (Exception, SystemExit) as error:  # a connection can fail in many ways
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(f"the Ray cluster {address!r} cannot be reached ({reason}): check --ray ADDRESS.") from None

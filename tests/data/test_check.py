@@ -127,8 +127,15 @@ def test_tokens_of_another_vocabulary_are_bad_records(tmp_path: Path, v3: Tokeni
 
 @pytest.mark.parametrize(
     "name",
-    ["sharegpt_250.json", "sharegpt_tools_150.json", "apache2_alpaca_format.json", "mlx_wwdc25_prompt_completion.jsonl"]
-    + ["c4_demo.jsonl", "wikitext2_valid.txt", "botchan.txt"],
+    [
+        "sharegpt_250.json",
+        "sharegpt_tools_150.json",
+        "apache2_alpaca_format.json",
+        "mlx_wwdc25_prompt_completion.jsonl",
+        "c4_demo.jsonl",
+        "wikitext2_valid.txt",
+        "botchan.txt",
+    ],
 )
 def test_what_is_fixed_reads_back_the_same(shared: Path, tmp_path: Path, v3: Tokenizer, name: str):
     path, good = shared / "data" / name, tmp_path / "good.jsonl"
