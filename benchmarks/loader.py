@@ -53,6 +53,7 @@ def corpus(folder: Path, num_tokens: int, mean_length: int, masked: bool, seed: 
         mask[:] = np.arange(num_tokens) // 50 % 2
     manifest = Manifest(
         format=FORMAT,
+        key="",
         tokenizer="none",
         tokenizer_sha256="",
         vocab_size=32_000,
@@ -63,6 +64,7 @@ def corpus(folder: Path, num_tokens: int, mean_length: int, masked: bool, seed: 
         num_tokens=num_tokens,
         num_documents=len(ends),
         num_bytes=0,
+        num_repeats=0,
         num_trained=num_tokens if mask is None else int(mask.sum()),
         encoder="none",
         settings={},

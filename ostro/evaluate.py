@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -36,21 +37,25 @@ class Evaluation:
     expert_load: list[list[float]]
     seconds: float
 
+    def metrics(self) -> dict[str, float]:
+        """Return what a row of metrics.jsonl says of it."""
+        bits = self.bits_per_byte
+        return {"eval_loss": self.loss} | ({} if math.isnan(bits) else {"eval_bits_per_byte": bits})
+
 
 @torch.no_grad()
 def evaluate(
     model: Mixtral,
     shards: Sequence[Shards],
     seq_length: int,
-    *,
-    packing: Packing | None = None,
+    packing: Packing | Literal["auto"] = "auto",
     pad_token_id: int = -1,
 ) -> Evaluation:
     """Score every token of the shards that is learned exactly once, each document's first excepted.
 
     Rows of `seq_length` tokens are scored independently, so a token sees at most the tokens before it in its row.
-    They are packed as for training (None: as `packing_of` says), but whatever is too long is split. Raises DataError
-    where no token is learned.
+    They are packed as for training (`packing_of`), but whatever is too long is split. Raises DataError where no token
+    is learned.
     """
     start = time.monotonic()
     loader = Loader(
@@ -58,7 +63,7 @@ def evaluate(
         seq_length=seq_length,
         shuffle=False,
         drop_last=False,
-        packing=packing or packing_of(shards),
+        packing=packing_of(shards, packing),
         pad_token_id=pad_token_id,
     )
     config, device = model.config, model.head_weight.device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +82,8 @@ def _require_fitting(asked: Request) -> None:
     ):
         if value is not None and value < least:
             raise ConfigError(f"--{option} {value} is too small: use {least} or more.")
+    if asked.tokens_per_second is not None and not 0 < asked.tokens_per_second < math.inf:
+        raise ConfigError(f"--tokens-per-second {asked.tokens_per_second:g} is no speed: use a number above 0.")
     for word, known, option in ((asked.to, _TARGETS, "to"), (asked.style, _STYLES, "style")):
         if word not in known:
             raise ConfigError(f"--{option} {word} is not one of {', '.join(known)}.{nearest(word, known)}")
@@ -118,6 +122,10 @@ def _native(
     progress = _Progress()
     try:
         manifest = run(asked.sources, out, tokenizer=tokenizer, settings=settings, hands=hands, report=progress.show)
+    except KeyboardInterrupt:
+        progress.close()
+        say(f"{out}: interrupted; the same command goes on with what is left")
+        raise
     finally:
         progress.close()
     seconds = time.perf_counter() - start
@@ -183,9 +191,19 @@ def _as_mindformers(asked: Request, out: Path, tokenizer: Tokenizer, say: Callab
 
     assert asked.seq_length is not None
     tokenizer.hurry()
-    count, notes = write_mindrecord(
-        asked.sources, out, tokenizer, seq_length=asked.seq_length, repeat=asked.repeat, partitions=asked.partitions
-    )
+    progress = ByteProgress(None, "written")
+    try:
+        count, notes = write_mindrecord(
+            asked.sources,
+            out,
+            tokenizer,
+            seq_length=asked.seq_length,
+            repeat=asked.repeat,
+            partitions=asked.partitions,
+            report=progress.show,
+        )
+    finally:
+        progress.close()
     say(f"{out}: {count:,} records of {asked.seq_length + 1} tokens")
     for note in notes:
         say(f"  {note}")
@@ -197,20 +215,27 @@ def _to_megatron(
     from ostro.data import sources
     from ostro.data.megatron import MegatronWriter
     from ostro.data.tasks import batches, encoded
+    from ostro.data.workers import size_of
 
     tokenizer.hurry()
-    count = num_tokens = num_trained = 0
-    with MegatronWriter(out, "uint16" if tokenizer.vocab_size < 65500 else "int32") as writer:
-        for unit in sources.units(asked.sources, asked.kind, documents=asked.documents):
+    count = num_tokens = num_trained = num_bytes = 0
+    units = sources.units(asked.sources, asked.kind, documents=asked.documents)
+    with (
+        contextlib.closing(ByteProgress(sum(map(size_of, units)), "read")) as progress,
+        MegatronWriter(out, "uint16" if tokenizer.vocab_size < 65500 else "int32") as writer,
+    ):
+        for unit in units:
             for batch in batches(sources.read(unit)):
                 for ids, trained, _ in encoded(batch, tokenizer, settings.template):
                     writer.append(ids)
                     count += 1
                     num_tokens += len(ids)
                     num_trained += len(ids) if trained is None else int(trained.sum())
+            num_bytes += size_of(unit)
+            progress.show(num_bytes)
         if not count:
             raise DataError(f"{asked.sources[0]}: there is no text in it, so there is nothing to prepare: name others.")
-    say(f"{out}.bin and {out}.idx: {count:,} documents")
+    say(f"{out}.bin and {out}.idx: {count:,} documents, {num_tokens:,} tokens")
     if num_trained < num_tokens:
         say("  Megatron's files have no place for which tokens are learned: all of them will be")
 
@@ -221,7 +246,11 @@ def _check(asked: Request, tokenizer: Tokenizer, settings: Settings, say: Callab
     tokenizer.hurry()
     length = asked.seq_length or 4096
     start = time.perf_counter()
-    found = check(asked.sources, tokenizer, settings, length, asked.fix)
+    progress = _Progress()
+    try:
+        found = check(asked.sources, tokenizer, settings, length, asked.fix, progress.show)
+    finally:
+        progress.close()
     for error in found.errors[:_SHOWN]:
         say(error)
     if len(found.errors) > _SHOWN:
@@ -257,7 +286,7 @@ def _preview(asked: Request, tokenizer: Tokenizer, settings: Settings) -> None:
     from ostro.data.check import preview
 
     for shown in preview(asked.sources, tokenizer, settings, asked.preview):
-        line = Text(f"{shown.where}\n", "bold")
+        lines = Text.assemble((shown.where, "bold"), "\n")
         for text, trained in shown.pieces:
-            line.append(text, "green" if trained else "dim")
-        rich.print(line, "\n")
+            lines.append(text, "green" if trained else "dim")
+        rich.get_console().print(lines, end="\n\n", soft_wrap=True)

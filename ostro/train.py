@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ostro import device as devices
 from ostro import log
-from ostro.batch import batch_of
+from ostro.batch import batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader, Row, packing_of
@@ -115,7 +114,7 @@ def set_up(config: Config) -> Run:
         model=model,
         optimizer=build_optimizer(model, config.model, config.optim),
         total_steps=_total_steps(config, loader),
-        data_sha256=_sha256(shards),
+        data_sha256=token_shards.fingerprint(shards),
     )
     newest = dcp.latest(run.checkpoints)
     if newest is not None and config.checkpoint.resume == "never":
@@ -196,7 +195,7 @@ def _loader(config: Config, tokenizer: Tokenizer) -> tuple[Loader, list[Shards]]
         seq_length=data.seq_length,
         seed=config.train.seed,
         shuffle=data.shuffle,
-        packing=packing_of(shards) if data.packing == "auto" else data.packing,
+        packing=packing_of(shards, data.packing),
         overlong=data.overlong,
         pad_token_id=data.pad_token_id,
         weights=weights or None,
@@ -278,7 +277,7 @@ def train_step(run: Run) -> StepStats:
     rows = run.loader.rows(run.step, config.train.global_batch_sequences)
     num_labels = float(sum(row.weights_L.sum() for row in rows))
     if num_labels == 0:
-        raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {_why(rows)}.")
+        raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {why_none(rows)}.")
     num_tokens = sum(len(row.tokens_L) for row in rows)
     stats_LS = torch.zeros(
         config.model.num_hidden_layers,
@@ -308,16 +307,6 @@ def train_step(run: Run) -> StepStats:
     return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
 
 
-def _why(rows: list[Row]) -> str:
-    """Say why nothing of these rows is learned, and what helps."""
-    if not any(row.labels_L.any() for row in rows):
-        return "its documents are single tokens; look at the data"
-    return (
-        "all of it is masked (what only the assistant's side does not say, or what follows data.pad_token_id); raise "
-        "train.global_batch_sequences or data.seq_length, or leave long documents out with data.overlong=drop"
-    )
-
-
 def _micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -342,7 +331,8 @@ def _loop(run: Run) -> Outcome:
                 _write_profile(run, profiler)
                 profiler = None
             if run.eval_shards and config.train.eval_every and run.step % config.train.eval_every == 0:
-                row |= _evaluated(run)
+                data = config.data
+                row |= evaluate(run.model, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
             metrics.write(row)
             progress.show(row)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
@@ -353,14 +343,6 @@ def _loop(run: Run) -> Outcome:
             saved = _save(run, progress, saved)
     metrics.close()
     return Outcome(run.run_dir, run.step, saved, row, signals.caught)
-
-
-def _evaluated(run: Run) -> dict[str, float]:
-    data = run.config.data
-    packing = None if data.packing == "auto" else data.packing
-    found = evaluate(run.model, run.eval_shards, data.seq_length, packing=packing, pad_token_id=data.pad_token_id)
-    is_text = math.isfinite(found.bits_per_byte)
-    return {"eval_loss": found.loss} | ({"eval_bits_per_byte": found.bits_per_byte} if is_text else {})
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
@@ -432,15 +414,6 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
     return run.step
 
 
-def _sha256(shards: list[Shards]) -> str:
-    """Name the tokens: by what they were made of, and by how many came out, which other templates change."""
-    made = [
-        [[source["sha256"] for source in one.sources], one.num_documents, one.num_tokens, one.num_trained]
-        for one in (part.manifest for part in shards)
-    ]
-    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
-
-
 def _settings(run: Run) -> dict[str, Any]:
     return json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"}))
 
@@ -453,9 +426,10 @@ def _data_state(run: Run) -> dict[str, Any]:
         "data.seq_length": config.data.seq_length,
         "data.path (sha256)": run.data_sha256,
         "data.path (shares)": [parse_weight(path)[1] for path in config.data.path],
-        **{
-            f"data.{name}": getattr(config.data, name) for name in ("packing", "overlong", "weights_by", "pad_token_id")
-        },
+        "data.weights_by": config.data.weights_by,
+        "data.packing": config.data.packing,
+        "data.overlong": config.data.overlong,
+        "data.pad_token_id": config.data.pad_token_id,
         "data.shuffle": config.data.shuffle,
         "train.seed": config.train.seed,
         "train.global_batch_sequences": config.train.global_batch_sequences,

@@ -17,10 +17,13 @@ from ostro.data.prepare import prepare
 from ostro.data.shards import open_shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.evaluate import evaluate
+from ostro.model.spans import spans_of
 from ostro.train import Run, set_up, train_step
 
 PAD, IGNORED = 0, -100
-TOLERANCE = 1e-5  # absolute, as for the recorded logits; the losses are between 2 and 5
+# The first loss as the logits agree between frameworks; later ones as layouts do: weights that differ by one rounding
+# move the fifth loss by up to 2.2e-5, which is 8e-6 of it.
+FIRST, LATER = 4e-6, 1e-5
 
 
 class AdamWeightDecay(torch.optim.Optimizer):
@@ -30,15 +33,16 @@ class AdamWeightDecay(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 state, gradient = self.state[parameter], parameter.grad
                 mean = state.setdefault("mean", torch.zeros_like(parameter))
                 square = state.setdefault("square", torch.zeros_like(parameter))
                 mean.mul_(0.9).add_(gradient, alpha=float(np.float32(1) - np.float32(0.9)))
+                # MindSpore subtracts in fp32: 4.7e-5 more than 0.001, which the last recorded loss shows.
                 square.mul_(0.999).addcmul_(gradient, gradient, value=float(np.float32(1) - np.float32(0.999)))
-                parameter -= group["lr"] * mean / (square.sqrt() + 1e-6)
+                parameter.sub_(group["lr"] * mean / (square.sqrt() + 1e-6))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,11 @@ def started(golden: Path, data: Path, tokenizer: Tokenizer, folder: Path, seq_le
     return run
 
 
+def assert_losses(found: list[float], losses: list[float]) -> None:
+    assert found[0] == pytest.approx(losses[0], abs=FIRST, rel=0)
+    assert found == pytest.approx(losses, rel=LATER, abs=0)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_records_train_as_they_do_in_mindformers(
     golden: Path, recorded: tuple[np.ndarray, list[float]], tokenizer: Tokenizer, tmp_path: Path, micro_batch: int
@@ -120,7 +129,7 @@ def test_records_train_as_they_do_in_mindformers(
     records, losses = recorded
     data = written(tmp_path / "wiki.mindrecord", [{"input_ids": row} for row in records])
     run = started(golden, data, tokenizer, tmp_path, 16, f"train.micro_batch_sequences={micro_batch}")
-    assert [train_step(run).loss for _ in losses] == pytest.approx(losses, abs=TOLERANCE, rel=0)
+    assert_losses([train_step(run).loss for _ in losses], losses)
 
 
 def test_neither_pad_nor_ignored_labels_are_trained(
@@ -137,19 +146,23 @@ def test_neither_pad_nor_ignored_labels_are_trained(
     data = written(tmp_path / "qa.mindrecord", rows)
     run = started(golden, data, tokenizer, tmp_path, 32)
     assert [float(row.weights_L.sum()) for row in run.loader.rows(0, 2)] == [16.0, 16.0]
-    assert [train_step(run).loss for _ in losses] == pytest.approx(losses, abs=TOLERANCE, rel=0)
+    assert_losses([train_step(run).loss for _ in losses], losses)
 
 
 def test_either_mask_alone_would_train_something_else(
     golden: Path, recorded: tuple[np.ndarray, list[float]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Of the two masks of the test above, one is not enough: each of them takes labels away."""
-    record = recorded[0][0]
-    ids = np.concatenate([record, np.full(16, PAD, np.int32)])
-    data = written(tmp_path / "wiki.mindrecord", [{"input_ids": ids}, {"input_ids": ids}])
-    run = started(golden, data, tokenizer, tmp_path, 32)
-    assert [float(row.weights_L.sum()) for row in run.loader.rows(0, 2)] == [17.0, 17.0]
-    assert abs(train_step(run).loss - recorded[1][0]) > 0.01
+    rows = [np.concatenate([record, np.full(16, PAD, np.int32)]) for record in recorded[0]]
+    ignored = [np.where(np.arange(33) == 17, IGNORED, ids).astype(np.int32) for ids in rows]
+    for name, labels, pad, count in (("wiki", None, PAD, 17), ("qa", ignored, -1, 31)):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = [{"input_ids": ids} | ({"labels": labels[at]} if labels else {}) for at, ids in enumerate(rows)]
+        data = written(folder / f"{name}.mindrecord", records)
+        run = started(golden, data, tokenizer, folder, 32, f"data.pad_token_id={pad}")
+        assert [float(row.weights_L.sum()) for row in run.loader.rows(0, 2)] == [count, count]
+        assert abs(train_step(run).loss - recorded[1][0]) > 0.01
 
 
 def test_labels_are_carried_from_the_file_to_the_step(
@@ -167,13 +180,11 @@ def test_labels_are_carried_from_the_file_to_the_step(
     found = shards.trained(0, shards.num_tokens)
     assert found is not None
     np.testing.assert_array_equal(found.reshape(records.shape), labels != IGNORED)
-    from ostro.model.spans import spans_of
-
     tokens, learned = torch.from_numpy(records).long(), torch.from_numpy(labels[:, 1:] != IGNORED)
     with torch.no_grad():
         logits = run.model.logits(run.model(tokens[:, :-1].reshape(-1), spans_of([16, 16]))).view(2, 16, -1)
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    assert evaluate(run.model, [shards], 16, packing="records", pad_token_id=PAD).loss == pytest.approx(
-        nll[learned].mean().item(), abs=TOLERANCE
+    assert evaluate(run.model, [shards], 16, "records", PAD).loss == pytest.approx(
+        nll[learned].mean().item(), abs=FIRST, rel=0
     )
-    assert train_step(run).loss == pytest.approx(nll[learned].mean().item(), abs=TOLERANCE)
+    assert train_step(run).loss == pytest.approx(nll[learned].mean().item(), abs=FIRST, rel=0)

@@ -19,7 +19,10 @@ from ostro.data.duplicates import as_json, digest, repeated
 from ostro.data.records import Chat, Record, Text, Tokens
 from ostro.data.tasks import Settings, require_known
 from ostro.data.tokenizer import Tokenizer
+from ostro.data.workers import size_of
 from ostro.errors import DataError
+
+Report = Callable[[int, int, int], None]
 
 _BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 1024
 
@@ -59,25 +62,32 @@ class Shown:
 
 
 def check(
-    paths: Iterable[str | Path], tokenizer: Tokenizer, settings: Settings, seq_length: int, fix: Path | None = None
+    paths: Iterable[str | Path],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    seq_length: int,
+    fix: Path | None = None,
+    report: Report | None = None,
 ) -> Summary:
     """Read every record and count; with `fix` write the good ones there as JSON Lines, in their order.
 
-    Raises DataError for what is no source at all, a `fix` that exists, and what one file cannot hold.
+    `report` is called with the tokens counted and the bytes of the sources read, of how many. Raises DataError for what is no source at all, a `fix` that exists, and what one file cannot hold.
     """
     summary = Summary(seq_length)
     with _opened(fix) as write, tempfile.TemporaryDirectory() as folder:
         digests = ArrayFile(Path(folder) / "digests.npy", np.dtype(np.uint64), (2,))
-        for batch in _batches(paths, settings, summary.errors):
-            refused: list[DataError] = []
-            for record, ids, trained, note in _rendered(batch, tokenizer, settings.template, refused):
+        for batch in _batches(paths, settings, lambda *read: report and report(summary.num_tokens, *read)):
+            for item in _rendered(batch, tokenizer, settings.template):
+                if isinstance(item, DataError):
+                    summary.errors.append(str(item))
+                    continue
+                record, ids, trained, note = item
                 summary.add(ids, trained)
                 if note:
                     summary.notes.append(note)
                 digests.append(digest(record)[None])
                 if write is not None:
                     write(record)
-            summary.errors += map(str, refused)
         digests.close()
         found = repeated([np.load(Path(folder) / "digests.npy", mmap_mode="r")])
         summary.num_duplicates = sum(len(places) for _, places in found)
@@ -145,45 +155,55 @@ def _opened(path: Path | None) -> Iterator[Callable[[Record], None] | None]:
             beside.keep()
 
 
-def _batches(paths: Iterable[str | Path], settings: Settings, errors: list[str]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    num_chars = 0
-    for unit in sources.units(paths, settings.kind, documents=settings.documents):
+def _batches(
+    paths: Iterable[str | Path], settings: Settings, report: Callable[[int, int], object]
+) -> Iterator[list[Record | DataError]]:
+    """Yield the records, bad ones in their places, some at a time; report the bytes read, of how many."""
+    batch: list[Record | DataError] = []
+    num_chars = num_bytes = 0
+    units = sources.units(paths, settings.kind, documents=settings.documents)
+    total = sum(map(size_of, units))
+    for unit in units:
         for item in sources.attempts(unit):
-            if isinstance(item, DataError):
-                errors.append(str(item))
-                continue
             batch.append(item)
             num_chars += len(item.text) if isinstance(item, Text) else 1000
             if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_RECORDS:
                 yield batch
                 batch, num_chars = [], 0
+        num_bytes += size_of(unit)
+        report(num_bytes, total)
     if batch:
         yield batch
 
 
 def _rendered(
-    batch: Sequence[Record], tokenizer: Tokenizer, template: str | None, refused: list[DataError]
-) -> Iterator[tuple[Record, np.ndarray, np.ndarray | None, str]]:
-    """Yield each record that can be rendered, its ids, which are learned, and a note; the others go to `refused`."""
+    batch: Sequence[Record | DataError], tokenizer: Tokenizer, template: str | None
+) -> Iterator[tuple[Record, np.ndarray, np.ndarray | None, str] | DataError]:
+    """Yield each record, its ids, which are learned, and a note; what is wrong in the place of one that is bad."""
     texts = [record for record in batch if isinstance(record, Text)]
     ids_of = dict(zip(map(id, texts), tokenizer.encode_arrays([text.text for text in texts]), strict=True))
     chats = [record for record in batch if isinstance(record, Chat)]
+    refused: list[DataError] = []
     made = {}
     if chats:
         named = chat.load_template(template or "auto", tokenizer)
         made = {one.where: one for one in chat.render_batch(chats, named, tokenizer, refused)}
+    of_chats = iter(refused)  # in the order of those that were not made
     for record in batch:
-        if isinstance(record, Text):
+        if isinstance(record, DataError):
+            yield record
+        elif isinstance(record, Text):
             ends = np.array([tokenizer.bos_token_id], np.uint32), np.array([tokenizer.eos_token_id], np.uint32)
             yield record, np.concatenate([ends[0], ids_of[id(record)], ends[1]]), None, ""
         elif isinstance(record, Tokens):
             try:
                 require_known(record, tokenizer)
             except DataError as error:
-                refused.append(error)
+                yield error
             else:
                 yield record, record.ids, record.trained, ""
         elif record.where in made:
             one = made[record.where]
             yield record, one.ids, one.trained, one.note
+        else:
+            yield next(of_chats)

@@ -367,8 +367,10 @@ def _quotas(sources: Sequence[Concat | Windows], weights: Sequence[float], weigh
     return [max(1, round(count)) for count in rows]
 
 
-def packing_of(shards: Sequence[Shards]) -> Packing:
-    """Return how data is packed where nobody says: whole documents where only some tokens are learned."""
+def packing_of(shards: Sequence[Shards], asked: Packing | Literal["auto"] = "auto") -> Packing:
+    """Return how data is packed: as asked for, or, under `auto`, whole documents where only some tokens are learned."""
+    if asked != "auto":
+        return asked
     is_partly = any(part.manifest.num_trained < part.num_tokens for part in shards)
     return "bestfit" if is_partly else "concat"
 

@@ -39,10 +39,12 @@ def write_mindrecord(
     repeat: int = 1,
     partitions: int = 1,
     mode: str | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> tuple[int, list[str]]:
     """Write the records that MindFormers would, and return how many and what to say about them.
 
-    `out` is the file; its .db lies beside it. Rows hold seq_length + 1 tokens.
+    `out` is the file; its .db lies beside it. Rows hold seq_length + 1 tokens. `report` is called with the bytes of
+    the rows written.
     """
     files = sources.expand(paths)
     mode = mode or mode_of(files)
@@ -63,6 +65,8 @@ def write_mindrecord(
         for row in makers[mode]():
             writer.append({name: values.astype(np.int32) for name, values in row.items()})
             count += 1
+            if report:
+                report(count * len(columns) * 4 * (seq_length + 1))
         if not count:
             raise DataError(
                 f"{files[0]}: no record of {seq_length + 1} tokens comes out of it: use a shorter --seq-length."

@@ -31,6 +31,7 @@ from ostro.data.tasks import (
     beside_of,
     note_path,
     read_json,
+    sha256_of,
     token_dtype,
     tokenizer_of,
     write_whole,
@@ -165,11 +166,10 @@ def _the_same(out: Path, plan: dict[str, Any]) -> Manifest:
 
 def _plan(tasks: Tasks, tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
     """Return what a folder must be of to be gone on with."""
-    seen = [
-        [*dataclasses.astuple(unit), os.path.getsize(unit.path), os.stat(unit.path).st_mtime_ns]
-        for units in tasks
-        for unit in units
-    ]
+    seen = []
+    for unit in (unit for units in tasks for unit in units):
+        found = os.stat(unit.path)
+        seen.append([unit.path, unit.kind, unit.start, unit.stop, unit.first, found.st_size, found.st_mtime_ns])
     spec = hashlib.sha256(tokenizer.spec).hexdigest()  # its rules as well, where `sha256` is of its pieces
     made_of = [FORMAT, TASK_BYTES, tokenizer.sha256, spec, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
     text = json.dumps([made_of, _settled(settings, tokenizer)])
@@ -293,7 +293,7 @@ def _put_together(
         encoder="gigatoken" if all(note["encoder"] == "gigatoken" for note in notes) else "tokenizers",
         settings=_settled(settings, tokenizer),
         files=files,
-        sources=_checksums({unit.path: unit.kind for units in tasks for unit in units}),
+        sources=_sources(tasks, notes),
     )
     write_manifest(partial, manifest)
     os.replace(partial, out)
@@ -313,13 +313,16 @@ def _clear_up(out: Path, manifest: Manifest) -> None:
             path.unlink(missing_ok=True)
 
 
-def _checksums(kinds: dict[str, str]) -> list[dict[str, Any]]:
-    """Return path, kind, bytes and SHA-256 of each file, in the order of their paths."""
-
-    def one(path: str) -> dict[str, Any]:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"path": path, "kind": kinds[path], "num_bytes": file.tell(), "sha256": digest}
-
+def _sources(tasks: Tasks, notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return path, kind, bytes and SHA-256 of each file; a file that several tasks have read is read once more."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for units, note in zip(tasks, notes, strict=True):
+        for unit, digest in zip(units, note["sha256"], strict=True):
+            found[unit.path] = unit.kind, digest
+    left = [path for path, (_, digest) in found.items() if digest is None]
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(one, sorted(kinds)))
+        again = dict(zip(left, pool.map(sha256_of, left), strict=True))
+    return [
+        {"path": path, "kind": kind, "num_bytes": os.path.getsize(path), "sha256": digest or again[path]}
+        for path, (kind, digest) in sorted(found.items())
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -32,8 +33,8 @@ class Manifest:
     `files`: name, num_tokens, num_trained. `sources`: path, kind, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes
     of all texts, `num_trained` the tokens that are learned, `num_repeats` the records that were left out because they
     equal an earlier one. `key` is a hash of all that decided what came out, the sources' times of change included.
-    `encoder` made the ids (all of them are those of the package
-    tokenizers), `settings` are the rest of what decided them.
+    `encoder` made the ids (all of them are those of the package tokenizers), `settings` are the rest of what decided
+    them.
     """
 
     format: str
@@ -142,9 +143,29 @@ def open_shards(path: str | Path) -> Shards:
     return Shards(path, manifest, files, documents, trained)
 
 
+def fingerprint(shards: Sequence[Shards]) -> str:
+    """Name these tokens: by what they were made of, and by how many came out, which other templates change."""
+    made = [
+        [[source["sha256"] for source in one.sources], one.num_documents, one.num_tokens, one.num_trained]
+        for one in (part.manifest for part in shards)
+    ]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder."""
-    (path / _MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", "utf-8")
+    (path / _MANIFEST).write_text(_as_json(vars(manifest)), "utf-8")
+
+
+def _as_json(fields: dict[str, Any]) -> str:
+    """Return JSON with a line for each field and each element of a list, which is quick for a million sources."""
+
+    def value(found: Any) -> str:
+        if not isinstance(found, list):
+            return json.dumps(found)
+        return "[\n    " + ",\n    ".join(map(json.dumps, found)) + "\n  ]"
+
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {value(found)}" for name, found in fields.items()) + "\n}\n"
 
 
 def read_manifest(path: Path) -> Manifest:

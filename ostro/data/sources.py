@@ -220,6 +220,8 @@ def detect(path: str | Path) -> str:
     named = _unpacked_name(path.name).endswith(_JSON)
     if start.lstrip()[:1] in (b"{", b"[") or named:
         return _kind_of_json(path, named)
+    if b"\n = " not in start and not start.lstrip(b"\r\n").startswith((b" = ", b"= ")):  # most need no closer look
+        return "text"
     from ostro.data.wikitext import looks_like_wikitext
 
     return "wikitext" if looks_like_wikitext(start[: start.rfind(b"\n") + 1].decode(errors="replace")) else "text"
@@ -351,9 +353,7 @@ def _is_source(path: Path) -> bool:
 
 def _within(folder: Path, skipped: collections.Counter[str]) -> list[Path]:
     found = []
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not path.is_file():
-            continue
+    for path in _files_in(folder):
         if _is_source(path):
             found.append(path)
         else:
@@ -365,6 +365,19 @@ def _within(folder: Path, skipped: collections.Counter[str]) -> list[Path]:
             "files themselves."
         )
     return found
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Yield all files but hidden ones, sorted by the parts of their paths; links to folders are not followed."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_in(folder / entry.name)
+        elif entry.is_file():
+            yield folder / entry.name
 
 
 def _matching(pattern: str) -> list[Path]:

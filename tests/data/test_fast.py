@@ -169,19 +169,22 @@ def test_an_encoder_that_differs_is_not_used(tmp_path: Path, monkeypatch: pytest
     assert right.encoder == "gigatoken"
 
 
-def test_only_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch):
+def test_a_task_of_which_any_sample_differs_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The difference is seen in the last batch: no token of the batches before is the fast encoder's either."""
     monkeypatch.setattr(fast, "_build", Wrong)
-    monkeypatch.setattr(tasks, "_CHECKED_CHARS", 10)
+    monkeypatch.setattr(tasks, "_BATCH_RECORDS", 2)
+    monkeypatch.setattr(tasks, "_PROVED_CHARS", 8)
     tokenizer = load("v1").slow()
     assert tokenizer.hurry()
-    check = tasks._Check(tokenizer)
-    for text in ("twelve chars", "a quick one"):  # the second comes after the sample
-        assert check.tokenizer_for([Text(text, "a")]) is tokenizer
-    assert check.word == "gigatoken"
-    again = tasks._Check(tokenizer)
-    assert not again.tokenizer_for([Text("a quick one", "a")]).is_fast
-    assert not again.tokenizer_for([Text("a", "a")]).is_fast  # and stays
-    assert again.word == "tokenizers"
+    texts = ["first the wind, then q", "two", "three", "a quick one"]  # the first q lies behind the sample
+    for name, few, word in (("all", texts, "tokenizers"), ("some", texts[:3], "gigatoken")):
+        path = write(tmp_path / f"{name}.jsonl", few)
+        manifest = prepare([path], tmp_path / name, tokenizer=tokenizer, hands=Hands(1))
+        assert manifest is not None
+        assert manifest.encoder == word
+        shards = open_shards(tmp_path / name)
+        right = [token for text in few for token in tokenizer.slow().encode(text, bos=True, eos=True)]
+        assert (shards.tokens(0, shards.num_tokens).tolist() == right) == (word == "tokenizers")
 
 
 @pytest.mark.parametrize("how", ["wrong", "raises"])

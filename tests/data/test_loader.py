@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import resource
 from collections import Counter
@@ -15,53 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_shards import Documents, corpora, shards, small_windows
 
 from ostro.data import loader as loader_module
-from ostro.data import packing
 from ostro.data.loader import Loader, Row
-from ostro.data.packing import OVERLONG, PACKINGS, best_fit
-from ostro.data.shards import FORMAT, Manifest, Shards
+from ostro.data.packing import OVERLONG, PACKINGS
+from ostro.data.shards import Manifest, Shards
 from ostro.errors import ConfigError, DataError
 
-Documents = list[list[int]]
 PACKED = [name for name in PACKINGS if name != "concat"]
-
-
-def shards(documents: Documents, file_tokens: int = 10**9, name: str = "x", untrained: frozenset[int] = frozenset()):
-    """Return shards in memory, cut into files of `file_tokens` tokens; some token ids are not learned."""
-    stream = np.array([token for document in documents for token in document], dtype=np.uint16)
-    ends = np.cumsum([len(document) for document in documents])
-    files = [stream[at : at + file_tokens] for at in range(0, len(stream), file_tokens)]
-    masks = [~np.isin(file, list(untrained)) for file in files]
-    manifest = Manifest(
-        format=FORMAT,
-        tokenizer=f"tokenizer {name}",
-        tokenizer_sha256=name,
-        vocab_size=2**16,
-        bos_token_id=1,
-        eos_token_id=2,
-        unk_token_id=0,
-        dtype="uint16",
-        num_tokens=len(stream),
-        num_documents=len(documents),
-        num_bytes=0,
-        num_trained=int(sum(mask.sum() for mask in masks)),
-        encoder="tokenizers",
-        settings={},
-        files=[{"name": f"tokens-{at:05}.npy", "num_tokens": len(file)} for at, file in enumerate(files)],
-        sources=[],
-    )
-    # A file all of which is learned has no mask, though its neighbour may have one.
-    trained = [None if mask.all() else mask for mask in masks]
-    return Shards(Path(name), manifest, files, np.stack([ends, ends], axis=1), trained)
-
-
-# Every token of the corpus is different, so that a row says by itself where it is from.
-@st.composite
-def corpora(draw: st.DrawFn, longest: int = 12, most: int = 8) -> list[Documents]:
-    lengths = draw(st.lists(st.lists(st.integers(1, longest), min_size=1, max_size=most), min_size=1, max_size=3))
-    tokens = iter(range(1, 60_000))
-    return [[[next(tokens) for _ in range(length)] for length in part] for part in lengths]
 
 
 def flat(parts: list[Documents]) -> list[int]:
@@ -134,11 +95,6 @@ def expected(document: list[int], how: str, overlong: str, length: int, pad: int
         (tuple(inputs[at : at + length]), tuple(labels[at : at + length]), tuple(weights[at : at + length]))
         for at in range(0, len(inputs), length)
     ]
-
-
-def small_windows() -> Any:
-    """Three documents a window and two windows a pool, so that few documents make many of both."""
-    return mock.patch.multiple(packing, WINDOW_PIECES=3, _WINDOW_ROWS=1, _POOL_PIECES=6)
 
 
 def loader_or_none(*args: Any, **options: Any) -> Loader | None:
@@ -214,112 +170,67 @@ def test_unpacking_gives_the_documents_back(
     assert loader.num_overlong == sum(length > seq_length for length in inputs)
 
 
-@given(corpora(), st.integers(1, 14))
-def test_too_long_is_an_error_where_asked_for(parts: list[Documents], seq_length: int):
-    opened = [shards(part, name="chats") for part in parts]
-    lengths = [(len(document), at + 1) for part in parts for at, document in enumerate(part)]
-    long = [entry for entry in lengths if entry[0] > seq_length]
-    with small_windows():
-        if not long:
-            assert Loader(opened, seq_length=seq_length, packing="bestfit", overlong="error").num_overlong == 0
-            return
-        with pytest.raises(DataError) as caught:
-            Loader(opened, seq_length=seq_length, packing="bestfit", overlong="error")
-    length, number = long[0]
-    assert str(caught.value) == (
-        f"chats document {number} makes a row of {length} tokens, more than data.seq_length={seq_length}: "
-        "use a longer one, or data.overlong split, drop or truncate."
-    )
+def epochs_of(rows: list[Row], parts: list[Documents], num_rows: list[int]) -> list[list[list[Piece]]]:
+    """For each source: the pieces of its rows, as they came, by its own epochs; the last may be unfinished."""
+    source_of = {token: at for at, part in enumerate(parts) for token in flat([part])}
+    found: list[list[list[Piece]]] = [[] for _ in parts]
+    counts = [0] * len(parts)
+    for row in rows:
+        at = source_of[int(row.tokens_L[0])]
+        assert {source_of[token] for token in row.tokens_L.tolist()} == {at}
+        if counts[at] % num_rows[at] == 0:
+            found[at].append([])
+        found[at][-1] += pieces_of(row)
+        counts[at] += 1
+    return found
 
 
-def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The rule in plain words: one thing after another, into the fullest bin that has room."""
-    bins: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [one for one in bins if sum(one) + length <= capacity]
-        if fitting:
-            max(fitting, key=sum).append(length)
-        else:
-            bins.append([length])
-    return bins
-
-
-@given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), max_size=60))))
-def test_best_fit_is_best_fit_decreasing(drawn: tuple[int, list[int]]):
-    capacity, lengths = drawn
-    bins, num_bins = best_fit(np.bincount(np.array(lengths, dtype=np.int64)), capacity)
-    found: list[list[int]] = [[] for _ in range(num_bins)]
-    for bin_, length in zip(bins, sorted(lengths, reverse=True), strict=True):
-        found[bin_].append(length)
-    # Which of equally full bins is taken is open; how full they get is not.
-    assert sorted(map(sum, found)) == sorted(map(sum, best_fit_decreasing(lengths, capacity)))
-
-
-@pytest.mark.parametrize("seq_length", [512, 4096])
-def test_best_fit_wastes_little_on_chats(shared: Path, seq_length: int):
-    from ostro.data.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer("v1")
-    chats = json.loads((shared / "data" / "sharegpt_250.json").read_text("utf-8"))
-    texts = ["".join(turn["value"] for turn in chat["conversations"]) for chat in chats]
-    documents = [[1, *ids, 2] for ids in tokenizer.encode_batch(texts)]
-    loader = Loader([shards(documents)], seq_length=seq_length, packing="bestfit")
-    tokens = sum(map(len, documents))
-    assert loader.epoch_tokens == tokens
-    assert loader.num_rows <= math.ceil(tokens / seq_length) * 1.02 + 1
-
-
-@pytest.mark.parametrize("seq_length", [512, 4096, 32768])
-def test_best_fit_wastes_little_over_many_windows(seq_length: int):
-    lengths = np.random.default_rng(0).lognormal(4.5, 1.0, 50_000).astype(np.int64).clip(1)
-    documents = [[0] * length for length in lengths.tolist()]
-    with mock.patch.object(packing, "WINDOW_PIECES", 64):
-        loader = Loader([shards(documents)], seq_length=seq_length, packing="bestfit")
-    assert loader.num_rows <= math.ceil(lengths.sum() / seq_length) * 1.02 + 1
-
-
-@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
+@pytest.mark.parametrize("mixed", [None, "tokens", "epochs"])
 @pytest.mark.parametrize("how", PACKINGS)
-@settings(max_examples=25)
-@given(
-    corpora(),
-    st.integers(1, 5),
-    st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 12])] * 2),
-    st.integers(0, 9),
-    st.integers(0, 40),
-)
-def test_resumed_on_other_ranks_every_row_comes_once(
-    how: Any,
-    weights: Any,
-    parts: list[Documents],
-    seq_length: int,
-    ranks: tuple[int, int],
-    seed: int,
-    share: int,
+@settings(max_examples=30)
+@given(corpora(), st.integers(1, 6), st.tuples(*[st.integers(1, 5)] * 3), st.integers(0, 9), st.data())
+def test_resumed_on_other_ranks_every_sample_comes_once_an_epoch(
+    how: Any, mixed: Any, parts: list[Documents], seq_length: int, ranks: tuple[int, int, int], seed: int, data: Any
 ):
-    parts = [[[*range(60_000, 60_060)]], *parts, [[*range(61_000, 61_024)]]]  # enough for rows
-    options = {"seq_length": seq_length, "seed": seed, "packing": how, "drop_last": False}
-    if weights is not None:
-        options |= {"weights": [weights[at % 3] for at in range(len(parts))], "weights_by": "epochs"}
-        parts = [[*part, [62_000 + at, 63_000 + at]] for at, part in enumerate(parts)]  # a record needs two tokens
+    # Of each source something that makes a row by every packing, records included.
+    parts = [[*part, [60_000 + at, 61_000 + at]] for at, part in enumerate(parts)]
+    options: dict[str, Any] = {"seq_length": seq_length, "seed": seed, "packing": how, "drop_last": False}
+    options["overlong"] = data.draw(st.sampled_from(["split", "truncate"]))
+    given_ = {}
+    if mixed:
+        share = st.floats(0.2, 3.0)
+        given_ = {"weights": [data.draw(share) for _ in parts], "weights_by": mixed}
+    batch = math.lcm(*ranks)
     with small_windows():
-        first = Loader([shards(part) for part in parts], **options)
-        num_steps = -(-2 * first.num_rows // 12)
-        alone = [row for step in range(num_steps) for row in first.rows(step, 12)]
-        stop = share * num_steps // 40
-        before = [row for step in range(stop) for r in range(ranks[0]) for row in first.rows(step, 12, r, ranks[0])]
-        again = Loader([shards(part, 7) for part in parts], **options)  # a new process, other files, other ranks
-        after = [
-            row for step in range(stop, num_steps) for r in range(ranks[1]) for row in again.rows(step, 12, r, ranks[1])
-        ]
-    assert same_rows(alone, before + after)
-    if weights is None:
-        epochs = [
-            Counter(piece for row in alone[at : at + first.num_rows] for piece in pieces_of(row))
-            for at in (0, first.num_rows)
-        ]
-        assert epochs[0] == epochs[1]
-        assert max(epochs[0].values()) == 1
+        first = Loader([shards(part) for part in parts], **options, **given_)
+        num_steps = -(-3 * first.num_rows // batch)
+        alone = [row for step in range(num_steps) for row in first.rows(step, batch)]
+        stops = [0, *sorted(data.draw(st.integers(0, num_steps)) for _ in range(2)), num_steps]
+        resumed = []
+        for number, (start, stop) in enumerate(itertools.pairwise(stops)):
+            again = Loader([shards(part, 5 + number) for part in parts], **options, **given_)  # as a new process has it
+            num_ranks = ranks[number]
+            resumed += [
+                row
+                for step in range(start, stop)
+                for r in range(num_ranks)
+                for row in again.rows(step, batch, r, num_ranks)
+            ]
+        groups = parts if mixed else [[document for part in parts for document in part]]
+        num_rows = [Loader([shards(part)], **options).num_rows for part in groups]
+    assert same_rows(alone, resumed)
+    for part, epochs in zip(groups, epochs_of(alone, groups, num_rows), strict=True):
+        pieces = [expected(document, how, options["overlong"], seq_length, -1, frozenset()) for document in part]
+        wanted = Counter(piece for some in pieces for piece in some)
+        tokens = Counter(flat([part]))
+        for at, epoch in enumerate(epochs):
+            is_last = at == len(epochs) - 1
+            if how == "concat":
+                seen = Counter(token for piece in epoch for token in piece[0])
+                assert seen <= tokens if is_last else seen == tokens
+            else:
+                assert Counter(epoch) <= wanted if is_last else Counter(epoch) == wanted
+        assert mixed or len(epochs) >= 3
 
 
 @pytest.mark.parametrize("how", PACKINGS)
@@ -340,22 +251,6 @@ def test_a_row_depends_on_nothing_but_its_position(how: Any):
         assert same_rows(plain.read(0, plain.num_rows), plain.read(3 * plain.num_rows, plain.num_rows))
 
 
-def test_without_shuffling_documents_keep_their_order():
-    documents = [[*range(at, at + 3)] for at in range(1, 100, 3)]
-    rows = Loader([shards(documents)], seq_length=8, shuffle=False, packing="none").read(0, len(documents))
-    assert [row.tokens_L.tolist() for row in rows] == documents
-
-
-def test_epochs_pack_other_documents_together():
-    documents = [[at, at + 10_000, at + 20_000] for at in range(1, 400)]
-    loader = Loader([shards(documents)], seq_length=9, packing="bestfit", seed=1)
-    epochs = [
-        {frozenset(row.tokens_L[::3].tolist()) for row in loader.read(epoch * loader.num_rows, loader.num_rows)}
-        for epoch in range(2)
-    ]
-    assert len(epochs[0] & epochs[1]) < 5
-
-
 @pytest.mark.parametrize("how", PACKINGS)
 def test_epochs_have_other_orders(how: Any):
     documents = [[at, at + 10_000] for at in range(1, 400)]  # one window
@@ -363,17 +258,6 @@ def test_epochs_have_other_orders(how: Any):
     first, second = ([int(row.tokens_L[0]) for row in loader.read(epoch * 399, 399)] for epoch in range(2))
     assert sorted(first) == sorted(second)
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 8
-
-
-def test_shuffled_windows_mix():
-    documents = [[at, at + 30_000] for at in range(20_000)]
-    with mock.patch.object(packing, "WINDOW_PIECES", 4096 * 2):
-        loader = Loader([shards(documents)], seq_length=2, packing="none")
-    firsts = np.array([row.tokens_L[0] for row in loader.read(0, 2000)])
-    shares = np.bincount(firsts // 4096, minlength=5) / 2000
-    assert np.abs(shares - np.array([0.2048] * 4 + [0.1808])).max() < 0.04
-    neighbours = np.abs(np.diff(firsts)) == 1
-    assert neighbours.sum() < 5
 
 
 def test_mixing_by_tokens():
@@ -450,6 +334,7 @@ def test_it_starts_without_reading_the_tokens(tmp_path: Path):
     small = shards([[1]]).manifest
     fields = vars(small) | {"num_tokens": num_tokens, "files": [{"name": "tokens-00000.npy", "num_tokens": num_tokens}]}
     large = Shards(tmp_path, Manifest(**fields), [tokens], np.stack([ends, ends], axis=1))
+    how: Any
     for how in PACKINGS:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         loader = Loader([large], seq_length=4096, packing=how)
