@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ostro.data.loader import Loader
+from ostro.data.packing import Windows
 from ostro.data.shards import FORMAT, Manifest, Shards
 
 LENGTHS = (128, 512, 2048, 4096)
@@ -64,6 +65,7 @@ def corpus(folder: Path, num_tokens: int, mean_length: int, masked: bool, seed: 
         num_tokens=num_tokens,
         num_documents=len(ends),
         num_bytes=0,
+        num_unlearned=0,
         num_repeats=0,
         num_trained=num_tokens if mask is None else int(mask.sum()),
         encoder="none",
@@ -88,8 +90,8 @@ def copying(shards: Shards) -> Callable[[int], int]:
     def copy(step: int) -> int:
         at = step * BATCH_TOKENS % (shards.num_tokens - BATCH_TOKENS)
         tokens = shards.tokens(at, at + BATCH_TOKENS)
-        tokens.astype(np.int64), tokens.astype(np.int64), np.ones(BATCH_TOKENS, np.float32)
-        return BATCH_TOKENS
+        widened = tokens.astype(np.int64), tokens.astype(np.int64), np.ones(BATCH_TOKENS, np.float32)
+        return len(widened[0])
 
     return copy
 
@@ -135,14 +137,13 @@ def counting(num_documents: int, rounds: int) -> list[dict[str, Any]]:
         for packing in ("bestfit", "none"):
             draw = np.random.default_rng(0)
             ends = np.cumsum(draw.lognormal(5.5, 1.0, num_documents).astype(np.int64).clip(2))
-            from ostro.data.packing import Windows
-
             settings: dict[str, Any] = {"packing": packing, "overlong": "split", "shuffle": True, "key": (0,)}
-            taken = []
+            taken, counted = [], []
             for _ in range(rounds):
                 begin = time.perf_counter()
-                windows = Windows(ends, 0, num_documents, length, where=str, **settings)
+                counted.append(Windows(ends, 0, num_documents, length, where=str, **settings))
                 taken.append(time.perf_counter() - begin)
+            windows = counted[-1]
             lines.append(
                 {
                     "length": length,
@@ -157,7 +158,7 @@ def counting(num_documents: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

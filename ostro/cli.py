@@ -6,6 +6,7 @@ Errors of ours are printed as one sentence and end with their exit code (errors.
 from __future__ import annotations
 
 import errno
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,8 +201,9 @@ def evaluate(
                 f"--seq-length {seq_length} is more than the model's {loaded.config.max_position_embeddings} positions."
             )
         result = run_evaluate(loaded, opened, seq_length)
+    bits = "" if math.isnan(result.bits_per_byte) else f"bits/byte {result.bits_per_byte:.4f}  "
     typer.echo(
-        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}  "
+        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {bits}"
         f"({result.num_tokens:,} tokens, {result.num_bytes:,} bytes, {result.seconds:.1f} s)"
     )
     for layer, loads in enumerate(result.expert_load):

@@ -54,6 +54,7 @@ class Data(Section):
     kind: str = "auto"
     documents: Literal["file", "line", "blank"] = "file"
     template: str = "auto"
+    dedup: bool = False
     seq_length: int = Field(default=4096, ge=2)
     packing: Literal["auto", "concat", "bestfit", "none", "records"] = "auto"
     overlong: Literal["split", "drop", "truncate", "error"] = "split"
@@ -230,7 +231,6 @@ _NOT_YET = {
     "parallel.schedule": "there is no pipeline yet",
     "parallel": "this version trains in one process, so every degree is 1",
     "checkpoint.async": "this version writes checkpoints synchronously",
-    "data.packing": "this version packs by concatenation",
 }
 
 

@@ -93,6 +93,7 @@ def _require_fitting(asked: Request) -> None:
         raise ConfigError(
             "--style mindformers and --to mindrecord go together: its records are padded and cut for them."
         )
+    _require_used(asked)
     if asked.style == "mindformers" and asked.out is not None and asked.seq_length is None:
         raise ConfigError("--style mindformers makes records of one length: give --seq-length (MindFormers' is 2048).")
     if (asked.repeat != 1 or asked.partitions != 1) and asked.style != "mindformers":
@@ -108,6 +109,23 @@ def _require_fitting(asked: Request) -> None:
     if asked.style == "mindformers" and (asked.check or asked.fix or asked.preview):
         raise ConfigError(
             "--check, --fix and --preview show Ostro's own tokens, not MindFormers' records: give them without --style."
+        )
+
+
+def _require_used(asked: Request) -> None:
+    """Raise ConfigError for options that what was asked would pass over in silence."""
+    if asked.style == "mindformers":
+        plain = Request(asked.sources)
+        for option in ("kind", "documents", "template"):
+            if getattr(asked, option) != getattr(plain, option):
+                raise ConfigError(
+                    f"--{option} is not for --style mindformers, which has rules of its own: leave it out."
+                )
+        return
+    if not (asked.check or asked.fix) and (asked.seq_length or asked.tokens_per_second) and asked.to != "mindrecord":
+        raise ConfigError(
+            "--seq-length and --tokens-per-second are what --check counts by: add it, or leave them out. Rows are cut "
+            "when training begins, by data.seq_length."
         )
 
 
@@ -139,6 +157,8 @@ def _native(
     )
     if manifest.num_trained < manifest.num_tokens:
         say(f"  {manifest.num_trained / manifest.num_tokens:.1%} of the tokens are learned")
+    if manifest.num_unlearned:
+        say(f"  {manifest.num_unlearned:,} documents teach nothing: none of their tokens is learned")
     if settings.dedup:
         say(f"  {manifest.num_repeats:,} records that equal an earlier one were left out")
     if manifest.encoder != "gigatoken":

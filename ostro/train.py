@@ -20,6 +20,7 @@ from ostro import device as devices
 from ostro import log
 from ostro.batch import batch_of, why_none
 from ostro.config import Config
+from ostro.data import chat
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader, Row, packing_of
 from ostro.data.prepare import prepared
@@ -64,6 +65,7 @@ class Run:
     total_steps: int
     data_sha256: str
     step: int = 0
+    num_tokens: int = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -213,21 +215,31 @@ def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> 
     if raw:
         log.say(f"preparing {', '.join(raw)} (cached for the next time)")
         cache = token_shards.cache_dir() / "prepared"
-        settings = Settings(config.data.kind, config.data.documents, config.data.template)
+        settings = Settings(config.data.kind, config.data.documents, config.data.template, config.data.dedup)
         folders.append(prepared(raw, cache, tokenizer=tokenizer, settings=settings))
     opened = [token_shards.open_shards(folder) for folder in folders]
     for folder, shards in zip(folders, opened, strict=True):
-        check_data(folder, shards, tokenizer, config.model)
+        check_data(folder, shards, tokenizer, config.model, config.data.template)
     return opened
 
 
-def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Refuse tokens that were made with another tokenizer, or that the model cannot hold."""
+def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig, template: str = "auto") -> None:
+    """Refuse tokens made with another tokenizer or another template, or that the model cannot hold."""
     manifest = shards.manifest
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{folder} was prepared with tokenizer {manifest.tokenizer!r}, not {tokenizer.name!r}: "
             "set data.tokenizer to it, or prepare the data again."
+        )
+    made_by = manifest.settings.get("template_sha256")
+    if (
+        template != "auto"
+        and made_by
+        and made_by != chat.fingerprint(chat.load_template(template, tokenizer), tokenizer)
+    ):
+        raise DataError(
+            f"{folder} was prepared with the template {manifest.settings['template']!r}, not {template!r}: set "
+            "data.template to it, or prepare the data again."
         )
     if manifest.vocab_size > model.vocab_size:
         raise DataError(
@@ -302,6 +314,7 @@ def train_step(run: Run) -> StepStats:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
+    run.num_tokens += num_tokens
     lengths = [n for row in rows for n in row.document_lengths]
     flops = layout.training_flops(config.model, lengths)
     return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
@@ -356,7 +369,7 @@ def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dic
         "z_loss": z,
         "grad_norm": stats.grad_norm,
         "learning_rate": stats.learning_rate,
-        "tokens": run.step * stats.num_tokens,
+        "tokens": run.num_tokens,
         "tokens_per_second": stats.num_tokens / seconds,
         "mfu": stats.flops / seconds / rate,
         "expert_load": expert_load(stats.stats_LS, num_experts),
@@ -396,6 +409,7 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
     """Write a checkpoint of the present step; return it, or `saved` where a full disk cost this checkpoint."""
     state = {
         "step": run.step,
+        "num_tokens": run.num_tokens,
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "data": _data_state(run),
         "model": run.config.model.as_fields(),
@@ -458,7 +472,7 @@ def _resume(run: Run, folder: Path) -> None:
                 )
     dcp.load(folder, state_tensors(run.model, run.optimizer))
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-    run.step = state["step"]
+    run.step, run.num_tokens = state["step"], state["num_tokens"]
     done = run.step >= run.total_steps
     log.say(
         f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do"

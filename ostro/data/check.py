@@ -71,7 +71,8 @@ def check(
 ) -> Summary:
     """Read every record and count; with `fix` write the good ones there as JSON Lines, in their order.
 
-    `report` is called with the tokens counted and the bytes of the sources read, of how many. Raises DataError for what is no source at all, a `fix` that exists, and what one file cannot hold.
+    `report` is called with the tokens counted and the bytes of the sources read, of how many. Raises DataError for
+    what is no source at all, a `fix` that exists, and what one file cannot hold.
     """
     summary = Summary(seq_length)
     with _opened(fix) as write, tempfile.TemporaryDirectory() as folder:
@@ -163,6 +164,7 @@ def _batches(
     num_chars = num_bytes = 0
     units = sources.units(paths, settings.kind, documents=settings.documents)
     total = sum(map(size_of, units))
+    report(0, total)
     for unit in units:
         for item in sources.attempts(unit):
             batch.append(item)

@@ -368,9 +368,14 @@ def _quotas(sources: Sequence[Concat | Windows], weights: Sequence[float], weigh
 
 
 def packing_of(shards: Sequence[Shards], asked: Packing | Literal["auto"] = "auto") -> Packing:
-    """Return how data is packed: as asked for, or, under `auto`, whole documents where only some tokens are learned."""
+    """Return how data is packed: as asked for, or under `auto` as what it is asks for.
+
+    MindRecord's rows as records, whole documents where only some tokens are learned, else concatenated.
+    """
     if asked != "auto":
         return asked
+    if all(source.get("kind") == "mindrecord" for part in shards for source in part.manifest.sources):
+        return "records"
     is_partly = any(part.manifest.num_trained < part.num_tokens for part in shards)
     return "bestfit" if is_partly else "concat"
 

@@ -42,7 +42,7 @@ from ostro.errors import DataError
 Report = Callable[[int, int, int], None]
 Tasks = Sequence[Sequence[Unit]]
 
-TASK_BYTES = 64 << 20  # of sources, the work of one process at a time and about one shard
+TASK_BYTES = sources.UNIT_BYTES  # of sources at most, the work of one process at a time and about one shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +132,13 @@ def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, 
 
 
 def grouped(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Return the units in tasks of about TASK_BYTES, in their order."""
+    """Return the units in tasks of about `sources.unit_bytes_of` all of them, TASK_BYTES at most, in their order."""
+    sizes = [workers.size_of(unit) for unit in units]
+    most = min(TASK_BYTES, sources.unit_bytes_of(sum(sizes)))
     tasks: list[list[Unit]] = []
     filled = 0
-    for unit in units:
-        size = workers.size_of(unit)
-        if not tasks or filled + size > TASK_BYTES:
+    for unit, size in zip(units, sizes, strict=True):
+        if not tasks or filled + size > most:
             tasks.append([])
             filled = 0
         tasks[-1].append(unit)
@@ -241,6 +242,8 @@ def _do(partial: Path, key: str, tasks: Tasks, settings: Settings, hands: Hands,
     todo = [(number, tasks[number]) for number in mine if not note_path(partial, number).exists()]
     num_tokens, num_bytes, total = 0, 0, sum(sizes[number] for number, _ in todo)
     task = Tokenize(partial, key, settings)
+    if report:
+        report(0, 0, total)  # from here on the time counts
     for number, note in workers.done(task, todo, workers=hands.workers, ray=hands.ray):
         num_tokens += note["num_tokens"]
         num_bytes += sizes[number]
@@ -289,6 +292,7 @@ def _put_together(
         num_documents=sum(note["num_documents"] for note in notes),
         num_bytes=sum(note["num_bytes"] for note in notes),
         num_trained=sum(note["num_trained"] for note in notes),
+        num_unlearned=sum(note["num_unlearned"] for note in notes),
         num_repeats=num_repeats,
         encoder="gigatoken" if all(note["encoder"] == "gigatoken" for note in notes) else "tokenizers",
         settings=_settled(settings, tokenizer),

@@ -31,10 +31,10 @@ class Manifest:
     """What a folder of token shards holds; `files` and `sources` are lists of dicts, as in manifest.json.
 
     `files`: name, num_tokens, num_trained. `sources`: path, kind, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes
-    of all texts, `num_trained` the tokens that are learned, `num_repeats` the records that were left out because they
-    equal an earlier one. `key` is a hash of all that decided what came out, the sources' times of change included.
-    `encoder` made the ids (all of them are those of the package tokenizers), `settings` are the rest of what decided
-    them.
+    of all texts, `num_trained` the tokens that are learned, `num_unlearned` the documents of which none is,
+    `num_repeats` the records that were left out because they equal an earlier one. `key` is a hash of all that decided
+    what came out, the sources' times of change included. `encoder` made the ids (all of them are those of the package
+    tokenizers), `settings` are the rest of what decided them.
     """
 
     format: str
@@ -50,6 +50,7 @@ class Manifest:
     num_documents: int
     num_bytes: int
     num_trained: int
+    num_unlearned: int
     num_repeats: int
     encoder: str
     settings: dict[str, Any]

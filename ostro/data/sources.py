@@ -22,7 +22,7 @@ from ostro.errors import DataError, nearest
 # What a folder is searched for; each but the last three may end in .gz or .zst as well.
 SUFFIXES = (".txt", ".text", ".md", ".py", ".tokens", ".raw", ".jsonl", ".ndjson", ".json")
 SUFFIXES += (".parquet", ".mindrecord", ".idx")
-UNIT_BYTES = 64 << 20
+UNIT_BYTES, _LEAST_BYTES, _FEWEST = 64 << 20, 4 << 20, 64
 _JSON = (".jsonl", ".ndjson", ".json")
 _PARTITION = re.compile(r"\.mindrecord\d*$", re.ASCII)
 _WEIGHT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -97,16 +97,15 @@ class Found:
 
 
 def units(
-    paths: Iterable[str | Path], kind: str = "auto", *, documents: str = "file", unit_bytes: int = UNIT_BYTES
+    paths: Iterable[str | Path], kind: str = "auto", *, documents: str = "file", unit_bytes: int | None = None
 ) -> list[Unit]:
     """Return the pieces of work that files, folders and globs make, in a fixed order.
 
     `kind` is a key of SOURCES, or "auto": each file's content decides. `documents` says what one is in a text file:
     the `file`, a `line`, or what `blank` lines separate. Files of records are cut where one begins, about every
-    `unit_bytes`; heads and the surroundings of cuts are all that is read. Raises DataError for what is not there,
-    not readable or no source.
+    `unit_bytes` (None: `unit_bytes_of` all of them); heads and the surroundings of cuts are all that is read. Raises
+    DataError for what is not there, not readable or no source.
     """
-    assert unit_bytes > 0, unit_bytes
     if kind != "auto" and kind not in SOURCES:
         raise DataError(f"data kind {kind!r} is unknown: use auto, {', '.join(SOURCES)}.{nearest(kind, SOURCES)}")
     if documents not in DOCUMENTS:
@@ -115,15 +114,25 @@ def units(
         )
     found: list[Unit] = []
     sets: set[str] = set()  # files that are read as part of a set: each of them may have been named
-    for path in expand(paths):
+    files = expand(paths)
+    unit_bytes = unit_bytes or unit_bytes_of(sum(map(_size, files)))
+    for path in files:
         its = detect(path) if kind == "auto" else kind
         if its in ("mindrecord", "megatron"):
-            files = [name for name in _set_of(path, its) if name not in sets]
-            sets.update(files)
-            found += [Unit(name, its) for name in files]
+            names = [name for name in _set_of(path, its) if name not in sets]
+            sets.update(names)
+            found += [Unit(name, its) for name in names]
         else:
             found += _spans(str(path), DOCUMENTS[documents] if its == "text" else its, unit_bytes)
     return found
+
+
+def unit_bytes_of(num_bytes: int) -> int:
+    """Return how many bytes one piece of work has: few where there are few, so that no process waits long for others.
+
+    It is UNIT_BYTES at most, so that a large corpus has a file for each, and no more.
+    """
+    return min(UNIT_BYTES, max(_LEAST_BYTES, num_bytes // _FEWEST))
 
 
 def read(unit: Unit) -> Iterator[Record]:
@@ -256,6 +265,13 @@ def _kind_of_json(path: Path, named: bool) -> str:
             "say --kind text."
         )
     return kind
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(str(path), error) from None
 
 
 def _spans(path: str, kind: str, unit_bytes: int) -> list[Unit]:

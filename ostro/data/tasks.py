@@ -21,7 +21,7 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import DataError
 
 _BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 4096
-_PROVED_RECORDS, _PROVED_CHARS = 8, 2048  # of each batch, encoded once more by the package tokenizers
+_PROVED_RECORDS, _PROVED_CHARS = 6, 1024  # of each batch, encoded once more by the package tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def batches(records: Iterator[Record]) -> Iterator[list[Record]]:
 def _written(
     beside: dict[str, Path], records: Iterator[Record], tokenizer: Tokenizer, template: str | None
 ) -> dict[str, Any]:
-    num_trained = num_bytes = 0
+    num_trained = num_bytes = num_unlearned = 0
     with (
         ArrayFile(beside["tokens"], token_dtype(tokenizer)) as tokens,
         ArrayFile(beside["trained"], np.dtype(bool)) as trained,
@@ -173,11 +173,13 @@ def _written(
             trained.append(learned)
             num_trained += int(learned.sum())
             num_bytes += sum(size for _, _, size in rows)
+            num_unlearned += sum(mask is not None and not mask[1:].any() for _, mask, _ in rows)
     return {
         "num_tokens": tokens.num_rows,
         "num_documents": ends.num_rows,
         "num_bytes": num_bytes,
         "num_trained": num_trained,
+        "num_unlearned": num_unlearned,
         "encoder": "gigatoken" if tokenizer.is_fast else "tokenizers",
     }
 

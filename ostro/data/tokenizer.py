@@ -382,7 +382,7 @@ def _may_split_at_words(spec: Mapping[str, Any]) -> bool:
         and all(step in _TO_BARS for step in steps)
         and (not pre or (pre.get("type") == "Metaspace" and pre.get("split") is False))
         and "<0x0A>" in model["vocab"]
-        and not any(re.search("[^▁]▁|\n", piece) for piece in [*model["vocab"], *added])
+        and not any(map(re.compile("[^▁]▁|\n").search, [*model["vocab"], *added]))
     )
 
 
@@ -411,7 +411,7 @@ def _byte_table(
         return piece.encode()
 
     def from_byte_fallback(piece: str) -> bytes:
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        if piece.startswith("<0x") and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         for old, new in replaced:
             piece = piece.replace(old["String"], new)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -41,19 +45,43 @@ def done(task: Task[Result], todo: Todo, *, workers: int | None, ray: str | None
         for number, units in todo:
             yield number, task(number, units)
         return
-    import multiprocessing
-
     # Not fork: whoever calls may have threads, and the tokenizer's own pool does not survive one. Not Pool, which waits
     # for ever for what a killed process had begun.
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_begin)
     try:
-        started = {pool.submit(task, number, units): number for number, units in todo}
+        with _uninterrupted():  # which the processes inherit
+            started = {pool.submit(task, number, units): number for number, units in todo}
         for ended in as_completed(started):
             yield started[ended], ended.result()
     except BrokenProcessPool:
         raise _killed('with fewer --workers (from Python, call prepare under if __name__ == "__main__":)') from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C, in this thread and for ever in processes that are started meanwhile: it is this one that ends."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin() -> None:
+    """End this process with the one that started it, however that ends: it would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def size_of(unit: Unit) -> int:

@@ -133,7 +133,13 @@ def test_best_fit_wastes_little_on_chats(chats: Shards, seq_length: int):
 
 def test_what_nobody_asked_for_packs_whole_documents_where_some_tokens_are_not_learned():
     plain, masked = shards([[1, 2, 3]]), shards([[4, 5, 6]], untrained=frozenset([5]))
-    assert packing_of([plain]) == "concat"
+    rows = shards([[1, 2, 3]], kind="mindrecord")
+    assert packing_of([plain]) == packing_of([plain, rows]) == "concat"
+    assert (
+        packing_of([rows])
+        == packing_of([rows, shards([[4, 5]], untrained=frozenset([5]), kind="mindrecord")])
+        == "records"
+    )
     assert packing_of([plain, masked]) == "bestfit"
     assert packing_of([masked], "none") == "none"
 

@@ -123,6 +123,7 @@ def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenize
         "num_documents": 3,
         "num_bytes": sum(sizes),
         "num_trained": len(stream),
+        "num_unlearned": 0,
         "num_repeats": 0,
         "encoder": "",
         "settings": {},
@@ -136,7 +137,8 @@ def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenize
             }
         ],
     }
-    assert said == [(len(stream), corpus.stat().st_size, corpus.stat().st_size)]
+    size = corpus.stat().st_size
+    assert said == [(0, 0, size), (len(stream), size, size)]
     assert sorted(contents(out)) == ["documents.npy", "manifest.json", "tokens-00000.npy"]
     assert left_behind(tmp_path) == []
     (tmp_path / "fresh").mkdir()

@@ -15,7 +15,13 @@ from ostro.data.shards import FORMAT, Manifest, Shards
 Documents = list[list[int]]
 
 
-def shards(documents: Documents, file_tokens: int = 10**9, name: str = "x", untrained: frozenset[int] = frozenset()):
+def shards(
+    documents: Documents,
+    file_tokens: int = 10**9,
+    name: str = "x",
+    untrained: frozenset[int] = frozenset(),
+    kind: str = "jsonl",
+):
     """Return shards in memory, cut into files of `file_tokens` tokens; some token ids are not learned."""
     stream = np.array([token for document in documents for token in document], dtype=np.uint16)
     ends = np.cumsum([len(document) for document in documents])
@@ -34,12 +40,13 @@ def shards(documents: Documents, file_tokens: int = 10**9, name: str = "x", untr
         num_tokens=len(stream),
         num_documents=len(documents),
         num_bytes=0,
+        num_unlearned=0,
         num_repeats=0,
         num_trained=int(sum(mask.sum() for mask in masks)),
         encoder="tokenizers",
         settings={},
         files=[{"name": f"tokens-{at:05}.npy", "num_tokens": len(file)} for at, file in enumerate(files)],
-        sources=[],
+        sources=[{"path": name, "kind": kind}],
     )
     # A file all of which is learned has no mask, though its neighbour may have one.
     trained = [None if mask.all() else mask for mask in masks]
