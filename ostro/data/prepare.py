@@ -28,12 +28,12 @@ from ostro.data.tasks import (
     Digest,
     Settings,
     Tokenize,
+    Words,
     beside_of,
     note_path,
     read_json,
     sha256_of,
     token_dtype,
-    tokenizer_of,
     write_whole,
 )
 from ostro.data.tokenizer import Tokenizer
@@ -42,7 +42,12 @@ from ostro.errors import DataError
 Report = Callable[[int, int, int], None]
 Tasks = Sequence[Sequence[Unit]]
 
+_PLAN = "plan.json"
 TASK_BYTES = sources.UNIT_BYTES  # of sources at most, the work of one process at a time and about one shard
+
+
+class AnotherPlan(DataError):
+    """A partial folder is of another preparation, which is left as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,29 +87,55 @@ def prepare(
     full = f"(4 to 6 bytes for each 10 bytes of text) and give the same command again, or remove {partial} and choose "
     with disk_errors(out, full=f"make room {full}a folder on another disk"):
         refuse_taken(out)
-        tasks = grouped(sources.units([str(path) for path in paths], settings.kind, documents=settings.documents))
-        plan = _plan(tasks, tokenizer, settings)
+        files = sources.expand([str(path) for path in paths])
         if is_prepared(out):
-            return _the_same(out, plan)
-        _begin(partial, plan, tokenizer)
+            return _the_same(out, _plan(_tasks(files, settings), tokenizer, settings))
+        words = Words(partial / f"tokenizer-{_spec_sha256(tokenizer)[:16]}", tokenizer.name)
+        num_bytes = sum(path.stat().st_size for path in files)
+        partial.mkdir(parents=True, exist_ok=True)
         try:
-            if settings.dedup:
-                _find_repeats(partial, tasks, hands)
-            _do(partial, plan["key"], tasks, settings, hands, report)
-            notes = [read_json(note_path(partial, number)) for number in range(len(tasks))]
-            if all(notes):
-                return _put_together(partial, out, plan, [note for note in notes if note], tasks, tokenizer, settings)
-            return read_manifest(out) if is_prepared(out) else None
+            words.keep(tokenizer)
+            with workers.Crew(hands.workers, hands.ray, num_bytes=num_bytes) as crew:
+                tasks = _tasks(files, settings)
+                job = _Job(partial, out, tasks, tokenizer, settings, words, _plan(tasks, tokenizer, settings))
+                return _done(job, hands.share, crew, report)
         except OSError:
             if not is_prepared(out):
                 raise
             return read_manifest(out)  # another share ended at the same moment, and put the folder together
+        except AnotherPlan:
+            raise
         except DataError:  # the sources have to change, so what was made of them is of no use
             if hands.share[1] == 1:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
-            tokenizer_of.cache_clear()  # and the memory of its encoder
+            words.forget()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One preparation: where it is done, and all that decides what comes out."""
+
+    partial: Path
+    out: Path
+    tasks: Tasks
+    tokenizer: Tokenizer
+    settings: Settings
+    words: Words
+    plan: dict[str, Any]
+
+
+def _done(job: _Job, share: tuple[int, int], crew: workers.Crew, report: Report | None) -> Manifest | None:
+    """Do a share of a preparation, and put the folder together if it is the last."""
+    _begin(job.partial, job.plan)
+    if job.settings.dedup:
+        _find_repeats(job, crew)
+    _make_shards(job, share, crew, report)
+    notes = [read_json(note_path(job.partial, number)) for number in range(len(job.tasks))]
+    if all(notes):
+        return _put_together(job, [note for note in notes if note])
+    return read_manifest(job.out) if is_prepared(job.out) else None
 
 
 def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, settings: Settings) -> Path:
@@ -120,8 +151,8 @@ def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, 
             raise DataError(f"{path} is prepared already and cannot be mixed with raw files: name it alone.")
     with disk_errors(cache):
         absolute = [path if is_hub_id(str(path)) else os.path.abspath(path) for path in paths]
-        tasks = grouped(sources.units(absolute, settings.kind, documents=settings.documents))
-        folder = cache / _plan(tasks, tokenizer, settings)["key"][:16]
+        files = sources.expand(absolute)
+        folder = cache / _plan(_tasks(files, settings), tokenizer, settings)["key"][:16]
     if not is_prepared(folder):
         try:
             prepare(absolute, folder, tokenizer=tokenizer, settings=settings)
@@ -171,11 +202,19 @@ def _plan(tasks: Tasks, tokenizer: Tokenizer, settings: Settings) -> dict[str, A
     for unit in (unit for units in tasks for unit in units):
         found = os.stat(unit.path)
         seen.append([unit.path, unit.kind, unit.start, unit.stop, unit.first, found.st_size, found.st_mtime_ns])
-    spec = hashlib.sha256(tokenizer.spec).hexdigest()  # its rules as well, where `sha256` is of its pieces
+    spec = _spec_sha256(tokenizer)
     made_of = [FORMAT, TASK_BYTES, tokenizer.sha256, spec, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
     text = json.dumps([made_of, _settled(settings, tokenizer)])
     key = hashlib.sha256(text.encode()).hexdigest()
-    return {"key": key, "num_tasks": len(tasks), "tokenizer": tokenizer.name}
+    return {"key": key, "num_tasks": len(tasks)}
+
+
+def _spec_sha256(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(tokenizer.spec).hexdigest()  # of its rules as well, where `sha256` is of its pieces
+
+
+def _tasks(files: Sequence[Path], settings: Settings) -> list[list[Unit]]:
+    return grouped(sources.units_of(files, settings.kind, documents=settings.documents))
 
 
 def _settled(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -189,78 +228,56 @@ def _settled(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
     return {**dataclasses.asdict(settings), "template_sha256": print_}
 
 
-def _begin(partial: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Make the partial folder, or check that the one that is there is of the same plan."""
-    partial.mkdir(parents=True, exist_ok=True)
-    found = read_json(partial / "plan.json")
+def _begin(partial: Path, plan: dict[str, Any]) -> None:
+    """Write down in the partial folder what it is of, or check that it is of the same."""
+    found = read_json(partial / _PLAN)
     if found is None:
-        saved = beside_of(partial / "tokenizer")
-        tokenizer.save(saved)
-        try:
-            saved.replace(partial / "tokenizer")
-        except OSError:  # another share was here first
-            shutil.rmtree(saved)
-        write_whole(partial / "plan.json", plan)
+        write_whole(partial / _PLAN, plan)
     elif found != plan:
-        raise DataError(
+        raise AnotherPlan(
             f"{partial} holds the beginning of another preparation (other sources, tokenizer or settings): "
             "remove it, or finish that one first."
         )
 
 
-def _find_repeats(partial: Path, tasks: Tasks, hands: Hands) -> None:
+def _find_repeats(job: _Job, crew: workers.Crew) -> None:
     """Mark the records that equal an earlier one. Every share does all of it: reading is a small part of the work."""
-    paths = [duplicates.digests_path(partial, number) for number in range(len(tasks))]
-    todo = [(number, tasks[number]) for number, path in enumerate(paths) if not path.exists()]
-    for _ in workers.done(Digest(partial), todo, workers=hands.workers, ray=hands.ray):
-        pass
-    marks = [duplicates.repeats_path(partial, number) for number in range(len(tasks))]
+    numbers = range(len(job.tasks))
+    marks = [duplicates.repeats_path(job.partial, number) for number in numbers]
     if all(path.exists() for path in marks):
         return
+    paths = [duplicates.digests_path(job.partial, number) for number in numbers]
+    for _ in crew.done(Digest(job.partial), [(n, job.tasks[n]) for n in numbers if not paths[n].exists()]):
+        pass
     digests = [np.load(path, mmap_mode="r") for path in paths]
-    beside = [beside_of(path) for path in marks]
-    masks = [
-        np.lib.format.open_memmap(path, "w+", np.dtype(bool), (len(rows),)) if len(rows) else np.zeros(0, bool)
-        for path, rows in zip(beside, digests, strict=True)
-    ]
+    masks = [np.zeros(len(rows), bool) for rows in digests]
     for number, places in duplicates.repeated(digests):
         masks[number][places] = True
-    for path, final, mask in zip(beside, marks, masks, strict=True):
-        if len(mask):
-            mask.flush()  # type: ignore[union-attr]
-        else:
-            with path.open("wb") as file:
-                np.save(file, mask)
-        path.replace(final)
+    for final, mask in zip(marks, masks, strict=True):
+        beside = beside_of(final)
+        with ArrayFile(beside, mask.dtype) as file:
+            file.append(mask)
+        beside.replace(final)
 
 
-def _do(partial: Path, key: str, tasks: Tasks, settings: Settings, hands: Hands, report: Report | None) -> None:
+def _make_shards(job: _Job, share: tuple[int, int], crew: workers.Crew, report: Report | None) -> None:
     """Do this share's tasks that are not done."""
-    sizes = [sum(map(workers.size_of, units)) for units in tasks]
-    index, count = hands.share
-    mine = range(index, len(tasks), count)
-    todo = [(number, tasks[number]) for number in mine if not note_path(partial, number).exists()]
+    sizes = [sum(map(workers.size_of, units)) for units in job.tasks]
+    mine = range(share[0], len(job.tasks), share[1])
+    todo = [(number, job.tasks[number]) for number in mine if not note_path(job.partial, number).exists()]
     num_tokens, num_bytes, total = 0, 0, sum(sizes[number] for number, _ in todo)
-    task = Tokenize(partial, key, settings)
     if report:
         report(0, 0, total)  # from here on the time counts
-    for number, note in workers.done(task, todo, workers=hands.workers, ray=hands.ray):
+    for number, note in crew.done(Tokenize(job.partial, job.words, job.settings), todo):
         num_tokens += note["num_tokens"]
         num_bytes += sizes[number]
         if report:
             report(num_tokens, num_bytes, total)
 
 
-def _put_together(
-    partial: Path,
-    out: Path,
-    plan: dict[str, Any],
-    notes: Sequence[dict[str, Any]],
-    tasks: Tasks,
-    tokenizer: Tokenizer,
-    settings: Settings,
-) -> Manifest:
+def _put_together(job: _Job, notes: Sequence[dict[str, Any]]) -> Manifest:
     """Give the finished shards a manifest and the folder its name."""
+    partial, tasks, tokenizer, settings = job.partial, job.tasks, job.tokenizer, job.settings
     paths = sorted({unit.path for units in tasks for unit in units})
     if not any(note["num_documents"] for note in notes):
         few = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
@@ -280,7 +297,7 @@ def _put_together(
     beside.replace(partial / "documents.npy")
     manifest = Manifest(
         format=FORMAT,
-        key=plan["key"],
+        key=job.plan["key"],
         tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
@@ -300,8 +317,8 @@ def _put_together(
         sources=_sources(tasks, notes),
     )
     write_manifest(partial, manifest)
-    os.replace(partial, out)
-    _clear_up(out, manifest)
+    os.replace(partial, job.out)
+    _clear_up(job.out, manifest)
     return manifest
 
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +23,9 @@ from ostro.errors import DataError, nearest
 SUFFIXES = (".txt", ".text", ".md", ".py", ".tokens", ".raw", ".jsonl", ".ndjson", ".json")
 SUFFIXES += (".parquet", ".mindrecord", ".idx")
 UNIT_BYTES, _LEAST_BYTES, _FEWEST = 64 << 20, 4 << 20, 64
+_HEADS = 1 << 12  # in which a WikiText file has a heading
 _JSON = (".jsonl", ".ndjson", ".json")
+_NAMED_JSON = tuple(suffix + packed for suffix in _JSON for packed in ("", *text_files.PACKED))
 _PARTITION = re.compile(r"\.mindrecord\d*$", re.ASCII)
 _WEIGHT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # How other files begin, which would be read as text or fail as such.
@@ -38,6 +40,7 @@ _OTHERS = {
     b"\xff\xfe": "UTF-16: convert it, for instance with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16: convert it, for instance with iconv -f UTF-16 -t UTF-8",
 }
+_MAGICS = tuple(_OTHERS)
 _LENGTH_AND_JSON = re.compile(rb'.{8}\{"', re.DOTALL)
 DOCUMENTS = {"file": "text", "line": "lines", "blank": "blocks"}
 
@@ -106,6 +109,13 @@ def units(
     `unit_bytes` (None: `unit_bytes_of` all of them); heads and the surroundings of cuts are all that is read. Raises
     DataError for what is not there, not readable or no source.
     """
+    return units_of(expand(paths), kind, documents=documents, unit_bytes=unit_bytes)
+
+
+def units_of(
+    files: Sequence[Path], kind: str = "auto", *, documents: str = "file", unit_bytes: int | None = None
+) -> list[Unit]:
+    """Return what `units` does of files that were found before."""
     if kind != "auto" and kind not in SOURCES:
         raise DataError(f"data kind {kind!r} is unknown: use auto, {', '.join(SOURCES)}.{nearest(kind, SOURCES)}")
     if documents not in DOCUMENTS:
@@ -114,16 +124,16 @@ def units(
         )
     found: list[Unit] = []
     sets: set[str] = set()  # files that are read as part of a set: each of them may have been named
-    files = expand(paths)
-    unit_bytes = unit_bytes or unit_bytes_of(sum(map(_size, files)))
-    for path in files:
+    sizes = [_size(path) for path in files]
+    unit_bytes = unit_bytes or unit_bytes_of(sum(sizes))
+    for path, size in zip(files, sizes, strict=True):
         its = detect(path) if kind == "auto" else kind
         if its in ("mindrecord", "megatron"):
             names = [name for name in _set_of(path, its) if name not in sets]
             sets.update(names)
             found += [Unit(name, its) for name in names]
         else:
-            found += _spans(str(path), DOCUMENTS[documents] if its == "text" else its, unit_bytes)
+            found += _spans(str(path), DOCUMENTS[documents] if its == "text" else its, size, unit_bytes)
     return found
 
 
@@ -209,13 +219,13 @@ def detect(path: str | Path) -> str:
 
     Raises DataError for a file that cannot be read, or is known to be none of them.
     """
-    path = Path(path)
-    if path.suffix in (".idx", ".bin"):
+    name = str(path)
+    if name.endswith((".idx", ".bin")):
         from ostro.data.megatron import is_megatron
 
         if is_megatron(path):
             return "megatron"
-    start = head(str(path))
+    start = head(name)
     if start.startswith(b"PAR1"):
         return "parquet"
     if _LENGTH_AND_JSON.match(start):  # what may be a MindRecord is looked at more closely
@@ -223,13 +233,13 @@ def detect(path: str | Path) -> str:
 
         if is_mindrecord(path):
             return "mindrecord"
-    for magic, what in _OTHERS.items():
-        if start.startswith(magic):
-            raise DataError(f"{path} is {what}.")
-    named = _unpacked_name(path.name).endswith(_JSON)
-    if start.lstrip()[:1] in (b"{", b"[") or named:
-        return _kind_of_json(path, named)
-    if b"\n = " not in start and not start.lstrip(b"\r\n").startswith((b" = ", b"= ")):  # most need no closer look
+    if start.startswith(_MAGICS):
+        what = next(what for magic, what in _OTHERS.items() if start.startswith(magic))
+        raise DataError(f"{path} is {what}.")
+    named = name.endswith(_NAMED_JSON)
+    if named or _first(start) in (b"{", b"["):
+        return _kind_of_json(Path(path), named)
+    if start.find(b"\n = ", 0, _HEADS) < 0 and not start.startswith((b" = ", b"= ")):  # most need no closer look
         return "text"
     from ostro.data.wikitext import looks_like_wikitext
 
@@ -248,6 +258,12 @@ def parse_weight(text: str) -> tuple[str, float | None]:
     if not path or not 0 < weight < math.inf:
         raise DataError(f"{text!r} is no source with a weight: write PATH@WEIGHT, the weight a number above 0.")
     return path, weight
+
+
+def _first(start: bytes) -> bytes:
+    """Return the first byte that is not blank."""
+    few = start[:64].lstrip()
+    return (few or start.lstrip())[:1]
 
 
 def _kind_of_json(path: Path, named: bool) -> str:
@@ -274,10 +290,9 @@ def _size(path: Path) -> int:
         raise unreadable(str(path), error) from None
 
 
-def _spans(path: str, kind: str, unit_bytes: int) -> list[Unit]:
+def _spans(path: str, kind: str, size: int, unit_bytes: int) -> list[Unit]:
     """Return a file's units: spans that begin where its records do, or the whole where they cannot be found."""
     try:
-        size = os.path.getsize(path)
         cuts = _cuts(path, kind, size, unit_bytes) if size > unit_bytes else []
     except OSError as error:
         raise unreadable(path, error) from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import DataError
 
 _BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 4096
-_PROVED_RECORDS, _PROVED_CHARS = 6, 1024  # of each batch, encoded once more by the package tokenizers
+_SMALL_BYTES = 1 << 20
+_PROVED_RECORDS, _PROVED_CHARS = 4, 1024  # of each batch, encoded once more by the package tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """The task that writes a shard: `folder` is the preparation's, `key` its plan's, by which a tokenizer is kept."""
+    """The task that writes a shard into a preparation's folder."""
 
     folder: Path
-    key: str
+    words: Words
     settings: Settings
 
     def __call__(self, number: int, units: Sequence[Unit]) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Tokenize:
             return self._kept(number, units) if self.settings.dedup else _records(units)
 
         try:
-            tokenizer = tokenizer_of(self.folder, self.key)
+            tokenizer = self.words.load()
             try:
                 note = _written(beside, records(), tokenizer, self.settings.template)
             except _Differs:
@@ -99,13 +101,42 @@ class Digest:
             beside.unlink(missing_ok=True)
 
 
-@functools.lru_cache(maxsize=1)
-def tokenizer_of(folder: Path, key: str) -> Tokenizer:
-    """Return the tokenizer that a preparation keeps in its folder, with the fast encoder where there is one."""
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    tokenizer.name = (read_json(folder / "plan.json") or {}).get("tokenizer", tokenizer.name)  # what errors call it
-    tokenizer.hurry()
-    return tokenizer
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """The tokenizer of a preparation, kept in its folder for whoever works on it; `name` is what errors call it."""
+
+    folder: Path
+    name: str
+
+    def keep(self, tokenizer: Tokenizer) -> None:
+        """Save it, which another share may have done, and have it at hand in this process and in those it forks."""
+        at_hand = copy.copy(tokenizer)
+        at_hand.hurry()
+        _at_hand.update({self: at_hand})
+        if not self.folder.is_dir():
+            saved = beside_of(self.folder)
+            tokenizer.save(saved)
+            try:
+                saved.replace(self.folder)
+            except OSError:
+                shutil.rmtree(saved)
+
+    def load(self) -> Tokenizer:
+        """Return it, with the fast encoder where there is one."""
+        if self not in _at_hand:
+            tokenizer = load_tokenizer(self.folder)
+            tokenizer.name = self.name
+            tokenizer.hurry()
+            _at_hand.clear()
+            _at_hand[self] = tokenizer
+        return _at_hand[self]
+
+    def forget(self) -> None:
+        """Let go of it, and with it of its encoder's memory."""
+        _at_hand.pop(self, None)
+
+
+_at_hand: dict[Words, Tokenizer] = {}  # in this process
 
 
 def encoded(
@@ -168,12 +199,18 @@ def _written(
             rows = encoded(batch, tokenizer, template)
             end = tokens.num_rows + np.cumsum([len(ids) for ids, _, _ in rows])
             ends.append(np.stack([end, [size for _, _, size in rows]], axis=1))
+            if all(mask is None for _, mask, _ in rows):
+                num_trained += int(end[-1]) - tokens.num_rows
+            else:
+                learned = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask, _ in rows])
+                trained.append(np.ones(tokens.num_rows - trained.num_rows, bool))  # what came before without a mask
+                trained.append(learned)
+                num_trained += int(learned.sum())
             tokens.append(np.concatenate([ids for ids, _, _ in rows]))
-            learned = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask, _ in rows])
-            trained.append(learned)
-            num_trained += int(learned.sum())
             num_bytes += sum(size for _, _, size in rows)
             num_unlearned += sum(mask is not None and not mask[1:].any() for _, mask, _ in rows)
+        if trained.num_rows:
+            trained.append(np.ones(tokens.num_rows - trained.num_rows, bool))
     return {
         "num_tokens": tokens.num_rows,
         "num_documents": ends.num_rows,
@@ -205,7 +242,11 @@ def is_whole(unit: Unit) -> bool:
 
 def sha256_of(path: str) -> str:
     """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
+        data = file.read(_SMALL_BYTES)
+        if len(data) < _SMALL_BYTES:
+            return hashlib.sha256(data).hexdigest()
+        file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -79,8 +80,11 @@ def unreadable(path: str, error: Exception) -> DataError:
 def head(path: str, size: int = 1 << 16) -> bytes:
     """Return the first bytes of a file, unpacked and without byte order mark; fewer where it is shorter."""
     try:
-        with open(path, "rb", buffering=0) as file:  # one call, where a corpus has a million files
-            found = file.read(size + len(BOM)) or b""
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # a corpus has a million files
+        try:
+            found = os.read(file, size + len(BOM))
+        finally:
+            os.close(file)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     if packing(path, found[:4]) is None:
@@ -141,16 +145,24 @@ def utf8(data: bytes | bytearray, path: str, line: int = 1, start: int = 0) -> s
 
 def read_whole(unit: Unit) -> Iterator[Item]:
     """Yield the file as one text, kept as it is but for a byte order mark; nothing where it is blank."""
-    data = bytearray()
-    for chunk in chunks(unit.path):
-        data += chunk
-        if len(data) > LARGEST:
-            raise too_long(unit.path, "the file")
-    if data.startswith(BOM):
-        del data[: len(BOM)]
-    text = utf8(data, unit.path)
-    if text.strip():
+    text = utf8(_whole(unit.path).removeprefix(BOM), unit.path)
+    if text and not text.isspace():
         yield Text(text, unit.path)
+
+
+def _whole(path: str) -> bytes:
+    """Return all bytes of a file, unpacked; a small plain one, of which there may be a million, in few calls."""
+    with contextlib.suppress(OSError, ValueError):  # which `chunks` puts into words
+        with open(path, "rb", buffering=0) as file:
+            data = file.read(_CHUNK)
+        if len(data) < _CHUNK and packing(path, data[:4]) is None:
+            return data
+    found = bytearray()
+    for chunk in chunks(path):
+        found += chunk
+        if len(found) > LARGEST:
+            raise too_long(path, "the file")
+    return bytes(found)
 
 
 def read_lines(unit: Unit) -> Iterator[Item]:

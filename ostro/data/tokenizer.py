@@ -299,7 +299,7 @@ def _shipped(version: str) -> Path:
 
 def _from_piece_model(path: Path, name: str) -> Tokenizer:
     spec, roles = read_piece_model(path)
-    files = {"tokenizer.json": _json_bytes(spec), "tokenizer.model": _read(path)}
+    files = {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(), "tokenizer.model": _read(path)}
     config = {"add_bos_token": True, "add_eos_token": False}
     return Tokenizer(spec, roles, name=name, config=config, files=files)
 

@@ -10,10 +10,13 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
 from typing import Any, TypeVar
 
 from ostro.data.records import Unit
@@ -26,37 +29,65 @@ Todo = Sequence[tuple[int, Sequence[Unit]]]
 _SMALL_BYTES = 8 << 20  # what is done before another process has started
 
 
-def done(task: Task[Result], todo: Todo, *, workers: int | None, ray: str | None) -> Iterator[tuple[int, Result]]:
-    """Do a task for each number and its units, in any order; yield the number and the result when one is done.
+class Crew:
+    """Does tasks, in any order; a context, whose processes are gone when it is left.
 
-    `workers` None is one process a core, and this process alone where there is little to do; `ray` is the address of
-    a cluster that does them instead. Raises what the task raises, OutOfMemory where a process was killed, DataError
-    for a cluster that cannot be had. Nothing works on when it returns or raises.
+    `workers` None is one process a core, and this process alone where there are few `num_bytes` to read; `ray` is the
+    address of a cluster that does the tasks instead.
     """
-    if not todo:
-        return
-    if ray is not None:
-        yield from _on_ray(task, todo, ray)
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(workers or cores, len(todo))
-    size = sum(size_of(unit) for _, units in todo for unit in units)
-    if count <= 1 or (workers is None and size < _SMALL_BYTES):
-        for number, units in todo:
-            yield number, task(number, units)
-        return
-    # Not fork: whoever calls may have threads, and the tokenizer's own pool does not survive one. Not Pool, which waits
-    # for ever for what a killed process had begun.
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_begin)
-    try:
-        with _uninterrupted():  # which the processes inherit
-            started = {pool.submit(task, number, units): number for number, units in todo}
-        for ended in as_completed(started):
-            yield started[ended], ended.result()
-    except BrokenProcessPool:
-        raise _killed('with fewer --workers (from Python, call prepare under if __name__ == "__main__":)') from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def __init__(self, workers: int | None = None, ray: str | None = None, *, num_bytes: int) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        is_little = workers is None and num_bytes < _SMALL_BYTES
+        self._count = 1 if is_little else workers or cores
+        self._ray = ray
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Crew:
+        if self._count > 1 and self._ray is None:
+            # Not Pool, which waits for ever for what a killed process had begun.
+            context = multiprocessing.get_context("fork" if _may_fork() else "spawn")
+            self._pool = ProcessPoolExecutor(self._count, context, initializer=_begin)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def done(self, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
+        """Do a task for each number and its units; yield the number and the result whenever one is done.
+
+        Raises what the task raises, OutOfMemory where a process was killed, DataError for a cluster that cannot be had.
+        """
+        if todo and self._ray is not None:
+            yield from _on_ray(task, todo, self._ray)
+        elif self._pool is None or len(todo) < 2:
+            for number, units in todo:
+                yield number, task(number, units)
+        else:
+            yield from self._shared(self._pool, task, todo)
+
+    def _shared(self, pool: ProcessPoolExecutor, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
+        try:
+            with _uninterrupted(), warnings.catch_warnings():
+                # Python 3.12 warns of forking while others' threads exist: those of BLAS and of tokenizers provide
+                # for it, and of our own there are none.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                started = {pool.submit(task, number, units): number for number, units in todo}
+            for ended in as_completed(started):
+                yield started[ended], ended.result()
+        except BrokenProcessPool:
+            raise _killed('with fewer --workers (from Python, call prepare under if __name__ == "__main__":)') from None
+
+
+def _may_fork() -> bool:
+    """Whether processes may be forked, which begin at once and share what is loaded.
+
+    Only from a process whose one Python thread is this one: whoever calls this as a library may have others.
+    """
+    return sys.platform == "linux" and threading.active_count() == 1
 
 
 @contextlib.contextmanager

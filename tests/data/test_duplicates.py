@@ -111,14 +111,14 @@ def test_workers_and_shares_leave_out_the_same(tmp_path: Path, many: Path, v1: T
 def test_a_file_that_grows_meanwhile_is_noticed(
     tmp_path: Path, many: Path, v1: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    real = room._do
+    real = room._make_shards
 
     def grown(*arguments: object) -> None:
         with (many / "1.jsonl").open("a") as file:
             file.write('\n{"text": "more"}')
         real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(room, "_do", grown)
+    monkeypatch.setattr(room, "_make_shards", grown)
     with pytest.raises(DataError, match=r"1\.jsonl line 3: the file has changed since it was read"):
         prepare([many], tmp_path / "out", tokenizer=v1, settings=Settings(dedup=True), hands=Hands(1))
 

@@ -29,9 +29,9 @@ from ostro.data.mindrecord import MindRecordWriter
 from ostro.data.prepare import Hands, prepare, prepared
 from ostro.data.records import Chat, Unit
 from ostro.data.shards import FORMAT, Manifest, is_prepared, open_shards
-from ostro.data.tasks import Settings, Tokenize
+from ostro.data.tasks import Settings, Tokenize, Words
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
-from ostro.data.workers import done
+from ostro.data.workers import Crew
 from ostro.errors import DataError, OutOfMemory
 
 TEXTS = ["The wind rose.", "Grüße, 😀!\n\n  two\n", "three " * 50]
@@ -247,16 +247,18 @@ def test_what_was_killed_is_gone_on_with(tmp_path: Path, many: Path, v1: Tokeniz
 def test_a_worker_that_is_killed_is_an_error_and_no_wait(tmp_path: Path, corpus: Path, v1: Tokenizer):
     partial, pipe = tmp_path / "partial", tmp_path / "pipe"
     partial.mkdir()
-    v1.save(partial / "tokenizer")
+    words = Words(partial / "tokenizer", "v1")
+    words.keep(v1)
     os.mkfifo(pipe)
     todo = [(0, [Unit(str(corpus), "jsonl")]), (1, [Unit(str(pipe), "text")])]
-    work = done(Tokenize(partial, "", Settings()), todo, workers=2, ray=None)
     before = set(multiprocessing.active_children())
-    assert next(work)[1]["num_documents"] == 3
-    for child in set(multiprocessing.active_children()) - before:
-        child.kill()
-    with pytest.raises(OutOfMemory, match=r"ended from outside.*give the same command again.*fewer --workers"):
-        next(work)
+    with Crew(2, num_bytes=0) as crew:
+        work = crew.done(Tokenize(partial, words, Settings()), todo)
+        assert next(work)[1]["num_documents"] == 3
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+        with pytest.raises(OutOfMemory, match=r"ended from outside.*give the same command again.*fewer --workers"):
+            next(work)
     assert (partial / "task-00000.json").exists()
 
 
@@ -371,9 +373,8 @@ def test_a_large_vocabulary_takes_wider_tokens(tmp_path: Path, corpus: Path, mon
             folder.mkdir()
 
     large: Tokenizer = Large()  # type: ignore[assignment]
-    kept = functools.lru_cache(lambda folder, key: large)
-    for module in (room, tasks):
-        monkeypatch.setattr(module, "tokenizer_of", kept)
+    monkeypatch.setattr(Words, "keep", lambda *_: None)
+    monkeypatch.setattr(Words, "load", lambda _: large)
     monkeypatch.setattr(room, "_settled", lambda *_: {})
     prepare([corpus], tmp_path / "data", tokenizer=large)
     shards = open_shards(tmp_path / "data")
