@@ -95,7 +95,7 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
         try:
             words.keep(tokenizer)
-            with workers.Crew(hands.workers, hands.ray, num_bytes=num_bytes) as crew:
+            with workers.Crew(hands.workers, hands.ray, num_bytes=num_bytes, warm=words.warm) as crew:
                 tasks = _tasks(files, settings)
                 job = _Job(partial, out, tasks, tokenizer, settings, words, _plan(tasks, tokenizer, settings))
                 return _done(job, hands.share, crew, report)

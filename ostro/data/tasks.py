@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -109,10 +108,7 @@ class Words:
     name: str
 
     def keep(self, tokenizer: Tokenizer) -> None:
-        """Save it, which another share may have done, and have it at hand in this process and in those it forks."""
-        at_hand = copy.copy(tokenizer)
-        at_hand.hurry()
-        _at_hand.update({self: at_hand})
+        """Save it, which another share may have done."""
         if not self.folder.is_dir():
             saved = beside_of(self.folder)
             tokenizer.save(saved)
@@ -130,6 +126,10 @@ class Words:
             _at_hand.clear()
             _at_hand[self] = tokenizer
         return _at_hand[self]
+
+    def warm(self) -> None:
+        """Load it, so that the first task does not have to."""
+        self.load()
 
     def forget(self) -> None:
         """Let go of it, and with it of its encoder's memory."""

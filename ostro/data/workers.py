@@ -10,9 +10,7 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,24 +28,29 @@ _SMALL_BYTES = 8 << 20  # what is done before another process has started
 
 
 class Crew:
-    """Does tasks, in any order; a context, whose processes are gone when it is left.
+    """Does tasks, in any order; a context, whose processes begin when it is entered and are gone when it is left.
 
     `workers` None is one process a core, and this process alone where there are few `num_bytes` to read; `ray` is the
-    address of a cluster that does the tasks instead.
+    address of a cluster that does the tasks instead. `warm` is what a process does first.
     """
 
-    def __init__(self, workers: int | None = None, ray: str | None = None, *, num_bytes: int) -> None:
+    def __init__(
+        self, workers: int | None = None, ray: str | None = None, *, num_bytes: int, warm: Callable[[], None]
+    ) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         is_little = workers is None and num_bytes < _SMALL_BYTES
         self._count = 1 if is_little else workers or cores
-        self._ray = ray
+        self._ray, self._warm = ray, warm
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Crew:
         if self._count > 1 and self._ray is None:
-            # Not Pool, which waits for ever for what a killed process had begun.
-            context = multiprocessing.get_context("fork" if _may_fork() else "spawn")
-            self._pool = ProcessPoolExecutor(self._count, context, initializer=_begin)
+            # Not fork, which the thread pools of the tokenizers do not survive: it was tried, and hung. Not Pool, which
+            # waits for ever for what a killed process had begun.
+            self._pool = ProcessPoolExecutor(self._count, multiprocessing.get_context("spawn"), initializer=_begin)
+            with _uninterrupted():  # which processes inherit
+                for _ in range(self._count):
+                    self._pool.submit(self._warm)
         return self
 
     def __exit__(
@@ -71,23 +74,12 @@ class Crew:
 
     def _shared(self, pool: ProcessPoolExecutor, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
         try:
-            with _uninterrupted(), warnings.catch_warnings():
-                # Python 3.12 warns of forking while others' threads exist: those of BLAS and of tokenizers provide
-                # for it, and of our own there are none.
-                warnings.simplefilter("ignore", DeprecationWarning)
+            with _uninterrupted():
                 started = {pool.submit(task, number, units): number for number, units in todo}
             for ended in as_completed(started):
                 yield started[ended], ended.result()
         except BrokenProcessPool:
             raise _killed('with fewer --workers (from Python, call prepare under if __name__ == "__main__":)') from None
-
-
-def _may_fork() -> bool:
-    """Whether processes may be forked, which begin at once and share what is loaded.
-
-    Only from a process whose one Python thread is this one: whoever calls this as a library may have others.
-    """
-    return sys.platform == "linux" and threading.active_count() == 1
 
 
 @contextlib.contextmanager

@@ -252,7 +252,7 @@ def test_a_worker_that_is_killed_is_an_error_and_no_wait(tmp_path: Path, corpus:
     os.mkfifo(pipe)
     todo = [(0, [Unit(str(corpus), "jsonl")]), (1, [Unit(str(pipe), "text")])]
     before = set(multiprocessing.active_children())
-    with Crew(2, num_bytes=0) as crew:
+    with Crew(2, num_bytes=0, warm=words.warm) as crew:
         work = crew.done(Tokenize(partial, words, Settings()), todo)
         assert next(work)[1]["num_documents"] == 3
         for child in set(multiprocessing.active_children()) - before:

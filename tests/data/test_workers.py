@@ -79,14 +79,17 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, many: Path, v1: Tokenizer, mon
         assert contents(tmp_path / "two") == contents(tmp_path / "one")
         (tmp_path / "pids").mkdir()
         here = [(number, [Unit("a", "text")]) for number in range(2)]
-        with Crew(ray=address, num_bytes=0) as crew:
+        with Crew(ray=address, num_bytes=0, warm=os.getpid) as crew:
             pids = dict(crew.done(Pid(tmp_path / "pids"), here))
         assert len({*pids.values(), os.getpid()}) == 3
         (many / "2.jsonl").write_text('{"text": "good"}\n{"text": 5}\n')
         with pytest.raises(DataError, match=r'2\.jsonl line 2: "text" must be a string, and is int'):
             prepare(["many"], tmp_path / "bad", tokenizer=v1, hands=Hands(ray=address))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one", "pids", "two"]
-        with Crew(ray=address, num_bytes=0) as crew, pytest.raises(OutOfMemory, match=r"outside.*same command again"):
+        with (
+            Crew(ray=address, num_bytes=0, warm=os.getpid) as crew,
+            pytest.raises(OutOfMemory, match=r"outside.*same command again"),
+        ):
             list(crew.done(Killed(), here[:1]))
     finally:
         monkeypatch.undo()
