@@ -67,14 +67,16 @@ def _text(path: str) -> bytes | None:
     return None if b"\0" in data or not data.strip() else data
 
 
-def as_wikitext(folder: Path, file: Path) -> int:
-    """Reshape the gathered files into one file of WikiText's token format; return its bytes.
+def as_wikitext(folder: Path, file: Path, num_bytes: int) -> int:
+    """Reshape gathered files into one file of WikiText's token format, up to `num_bytes`; return its bytes.
 
     Every file becomes an article; marks stand between spaces, hyphens and marks within numbers become ` @-@ ` and its
     kin, a paragraph is a line.
     """
     with file.open("w", encoding="utf-8") as out:
         for at, path in enumerate(sorted(folder.rglob("*.txt"))):
+            if out.tell() > num_bytes:
+                break
             out.write(f" \n = Article {at} = \n \n")
             for paragraph in re.split(r"\n\s*\n", path.read_text("utf-8")):
                 words = _tokens(paragraph)
@@ -93,7 +95,8 @@ def _tokens(text: str) -> str:
 def permuted(folder: Path, out: Path, num_bytes: int, seed: int) -> int:
     """Write a corpus that differs everywhere, in several files and kinds: the words of the gathered text, permuted.
 
-    A third each is text files of some 64 MB (lines), JSON Lines and ShareGPT conversations. Returns the bytes.
+    Text files of some 16 MB, a document each, and files of some 64 MB of JSON Lines and of ShareGPT conversations.
+    Returns the bytes.
     """
     draw = np.random.default_rng(seed)
     paths = sorted(folder.rglob("*.txt"))[:3000]
@@ -104,7 +107,7 @@ def permuted(folder: Path, out: Path, num_bytes: int, seed: int) -> int:
         kind = ("text", "jsonl", "sharegpt")[number % 3]
         path = out / f"{number:04d}-{kind}.{'txt' if kind == 'text' else 'jsonl'}"
         with path.open("w", encoding="utf-8") as file:
-            while file.tell() < min(64 << 20, num_bytes):
+            while file.tell() < min((16 if kind == "text" else 64) << 20, num_bytes):
                 text = " ".join(words[draw.integers(0, len(words), 20_000)].tolist())
                 file.write(_record(kind, text))
         total += path.stat().st_size

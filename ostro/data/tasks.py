@@ -145,9 +145,10 @@ def encoded(
     """Return ids, which of them are learned (None: all) and the text's bytes of each record."""
     rows: list[tuple[np.ndarray, np.ndarray | None, int] | None] = [None] * len(batch)
     texts = [(at, record) for at, record in enumerate(batch) if isinstance(record, Text)]
-    bos, eos = (np.array([at], np.uint32) for at in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     for (at, record), ids in zip(texts, tokenizer.encode_arrays([text.text for _, text in texts]), strict=True):
-        rows[at] = np.concatenate([bos, ids, eos]), None, _size(record.text)
+        row = np.empty(len(ids) + 2, token_dtype(tokenizer))
+        row[0], row[1:-1], row[-1] = tokenizer.bos_token_id, ids, tokenizer.eos_token_id
+        rows[at] = row, None, _size(record.text)
     chats = [(at, record) for at, record in enumerate(batch) if isinstance(record, Chat)]
     if chats:
         named = chat.load_template(template or "auto", tokenizer)
@@ -206,7 +207,7 @@ def _written(
                 trained.append(np.ones(tokens.num_rows - trained.num_rows, bool))  # what came before without a mask
                 trained.append(learned)
                 num_trained += int(learned.sum())
-            tokens.append(np.concatenate([ids for ids, _, _ in rows]))
+            tokens.append(rows[0][0] if len(rows) == 1 else np.concatenate([ids for ids, _, _ in rows]))
             num_bytes += sum(size for _, _, size in rows)
             num_unlearned += sum(mask is not None and not mask[1:].any() for _, mask, _ in rows)
         if trained.num_rows:
