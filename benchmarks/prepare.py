@@ -338,7 +338,7 @@ def texts(place: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         small = DATA / "wikitext2_valid.txt"
         corpora["wikitext (real, small)"] = small, small.stat().st_size
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for _ in range(2 if options.quick else 3):
+    for _ in range(options.rounds):
         for corpus, (source, _) in corpora.items():
             small, large = (parts if corpus == "plain" else slow_wiki).values()
             found.setdefault((corpus, "ostro prepare"), []).append(ours(source, place / "out"))
@@ -424,7 +424,8 @@ def show(lines: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Print one table, and which bars hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20 MB, two rounds")
+    parser.add_argument("--quick", action="store_true", help="20 MB of text, few chats")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="memory alone: a corpus of 2 GB (--quick: 0.2 GB)")
     parser.add_argument("--chats", action="store_true", help="conversations alone")
     parser.add_argument("--json", type=Path, help="write the lines here too")

@@ -16,7 +16,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ostro.data.jinja import JinjaTemplate
-from ostro.data.pieces import Controls, Piece, Rendered, Template, assembled, check, controls_of, json_or_text
+from ostro.data.pieces import (
+    Controls,
+    Piece,
+    Rendered,
+    Template,
+    assembled,
+    check,
+    control_piece,
+    controls_of,
+    json_or_text,
+)
 from ostro.data.records import Chat, Message
 from ostro.errors import DataError, nearest
 
@@ -75,14 +85,14 @@ def mistral_v1(chat: Chat, controls: Controls) -> list[Piece]:
             "mistral-v3, or leave it out."
         )
     system, turns = _mistral_turns(chat)
-    pieces = [Piece(controls.bos, control=True)]
+    pieces = [control_piece(controls.bos)]
     for message in turns:
         if message.role == "user":
             pieces.append(Piece(f"[INST] {_joined(system, message.content)} [/INST]"))
             system = ""
         else:
             pieces.append(Piece(message.content, message.trained))
-            pieces.append(Piece(controls.eos, message.trained, control=True))
+            pieces.append(control_piece(controls.eos, message.trained))
     return pieces
 
 
@@ -93,8 +103,8 @@ def mistral_v3(chat: Chat, controls: Controls) -> list[Piece]:
     `call_id` of itself, and so is the answer's (mistral-common, InstructTokenizerV3).
     """
     system, turns = _mistral_turns(chat)
-    last = max((at for at, message in enumerate(turns) if message.role == "user"), default=-1)
-    pieces = [Piece(controls.bos, control=True)]
+    last = next((at for at in range(len(turns) - 1, -1, -1) if turns[at].role == "user"), -1)
+    pieces = [control_piece(controls.bos)]
     for at, message in enumerate(turns):
         if message.role == "user":
             if at == last and chat.tools:
@@ -126,7 +136,7 @@ def vicuna(chat: Chat, controls: Controls) -> list[Piece]:
         raise DataError(
             f"{chat.where}: no answer that is learned follows the first question: add one, or leave it out."
         )
-    pieces = [Piece(controls.bos, control=True)]
+    pieces = [control_piece(controls.bos)]
     head = f"{system or _VICUNA} "
     for message in turns:
         if message.role == "user":
@@ -136,7 +146,7 @@ def vicuna(chat: Chat, controls: Controls) -> list[Piece]:
             # The space before the answer is the one that the tokenizer puts before every text.
             _text_or_calls(message, chat.where)
             pieces.append(Piece(message.content, message.trained))
-            pieces.append(Piece(controls.eos, message.trained, control=True))
+            pieces.append(control_piece(controls.eos, message.trained))
     return pieces
 
 
@@ -214,17 +224,20 @@ def call_id(seed: str) -> str:
 
 def _learnable(chat: Chat) -> tuple[Chat, str]:
     """Return `chat` up to the assistant's last turn, and a sentence on what came after it."""
-    said = [at for at, message in enumerate(chat.messages) if message.role == "assistant"]
+    messages = chat.messages
+    if messages and messages[-1].role == "assistant" and messages[-1].trained:
+        return chat, ""  # as nearly all are
+    said = [at for at, message in enumerate(messages) if message.role == "assistant"]
     if not said:
         raise DataError(f"{chat.where}: the assistant says nothing in this conversation: add an answer to learn.")
-    if not any(chat.messages[at].trained for at in said):
+    if not any(messages[at].trained for at in said):
         raise DataError(f"{chat.where}: every turn of the assistant has weight 0: give one weight 1, or leave it out.")
-    left = len(chat.messages) - 1 - said[-1]
+    left = len(messages) - 1 - said[-1]
     if not left:
         return chat, ""
     what = "the last turn comes" if left == 1 else f"the last {left} turns come"
     note = f"{chat.where}: {what} after the assistant's last one and {'is' if left == 1 else 'are'} left out."
-    return dataclasses.replace(chat, messages=chat.messages[: said[-1] + 1]), note
+    return dataclasses.replace(chat, messages=messages[: said[-1] + 1]), note
 
 
 # Who may speak after whom, as mistral-common has it; None is the beginning.
@@ -257,7 +270,8 @@ def _mistral_turns(chat: Chat) -> tuple[str, list[Message]]:
         before = role
     if len(chat.messages) == 1:
         raise DataError(f"{chat.where}: the assistant speaks and nobody asked: put a question before its answer.")
-    turns = [message for message in _merged(chat.messages) if message.role != "system"]
+    turns = _merged(chat.messages)
+    turns = [message for message in turns if message.role != "system"]
     return "\n\n".join(system), turns if turns[0].role == "user" else [Message("user", ""), *turns]
 
 
@@ -289,15 +303,15 @@ def _text_or_calls(message: Message, where: str, at: int | None = None) -> None:
 
 def _assistant_v3(message: Message, where: str, controls: Controls) -> list[Piece]:
     _text_or_calls(message, where)  # again, for what merging has put together
-    pieces = [Piece(message.content.rstrip(" "), message.trained)]
-    if message.tool_calls:
-        calls = _json([_call(call, where) for call in message.tool_calls], where)
-        pieces = [Piece("[TOOL_CALLS]", message.trained, control=True), Piece(calls, message.trained)]
-    return [*pieces, Piece(controls.eos, message.trained, control=True)]
+    end = control_piece(controls.eos, message.trained)
+    if not message.tool_calls:
+        return [Piece(message.content.rstrip(" "), message.trained), end]
+    calls = _json([_call(call, where) for call in message.tool_calls], where)
+    return [control_piece("[TOOL_CALLS]", message.trained), Piece(calls, message.trained), end]
 
 
 def _between(opening: str, text: str, closing: str) -> list[Piece]:
-    return [Piece(opening, control=True), Piece(text), Piece(closing, control=True)]
+    return [control_piece(opening), Piece(text), control_piece(closing)]
 
 
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(slots=True)
 class Piece:
-    """A run of a rendered conversation: text, or one control token by its name.
+    """A run of a rendered conversation: text, or one control token by its name; never changed once made.
 
     `whole` is what `text` was cut out of, at character `start`, where the two may share a token; the cut is then made
     between the tokens of the whole.
@@ -31,6 +31,12 @@ class Piece:
     control: bool = False
     whole: str | None = None
     start: int = 0
+
+
+@functools.lru_cache(maxsize=256)
+def control_piece(name: str, trained: bool = False) -> Piece:
+    """Return the piece of a control token, the same object each time: every turn has two or three of them."""
+    return Piece(name, trained, control=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +130,22 @@ def assembled(
     """Return conversations (each with its note and its pieces) as tokens; every distinct text is encoded once."""
     flat = [piece for _, _, pieces in planned for piece in pieces]
     texts: dict[str, None] = {}  # a set that keeps its order
+    single: dict[str, np.ndarray] = {}
     for piece in flat:
-        if piece.whole is not None:
+        if piece.control:
+            if piece.text not in single:
+                single[piece.text] = np.array([controls.ids[piece.text]], dtype=np.uint32)
+        elif piece.whole is not None:
             texts |= dict.fromkeys(_needed(piece))
-        elif not piece.control:
+        else:
             texts[piece.text] = None
     known = dict(zip(texts, tokenizer.encode_arrays(list(texts)), strict=True))
-    control = {piece.text for piece in flat if piece.control}
-    single = {name: np.array([controls.ids[name]], dtype=np.uint32) for name in control}
     parts = [
         single[piece.text] if piece.control else known[piece.text] if piece.whole is None else _part_of(piece, known)
         for piece in flat
     ]
     ids = np.concatenate(parts).astype(np.uint32, copy=False)
-    sizes = np.array([len(part) for part in parts], np.int64)
+    sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     trained = np.repeat(np.array([piece.trained for piece in flat]), sizes)
     last = np.cumsum([len(pieces) for _, _, pieces in planned]) - 1
     ends = np.cumsum(sizes)[last].tolist()

@@ -37,7 +37,10 @@ def read_parquet(unit: Unit, kind: str | None = None) -> Iterator[Item]:
             )
         wanted = [name for name in names if name in (("text",) if kind == "jsonl" else _FIELDS)]
         number = 0
-        for group, start in enumerate(_group_starts(file)):
+        is_whole = unit.start == 0 and unit.stop is None
+        # Of a file in one piece nobody has checked the groups, and nobody needs to know where they begin.
+        starts = [0] * file.metadata.num_row_groups if is_whole else _group_starts(file)
+        for group, start in enumerate(starts):
             if unit.start <= start and (unit.stop is None or start < unit.stop):
                 for row in _rows(file, group, wanted):
                     number += 1
@@ -49,7 +52,11 @@ def read_parquet(unit: Unit, kind: str | None = None) -> Iterator[Item]:
 def parquet_cuts(path: str, unit_bytes: int) -> list[int]:
     """Return the offsets at which row groups begin, one for each `unit_bytes` at most, but the first."""
     with _guarded(path):
-        starts = _group_starts(_opened(path))
+        file = _opened(path)
+        for group in range(file.metadata.num_row_groups):
+            # Asked where a column of damaged size statistics is, pyarrow ends the process; asked for a row, it raises.
+            next(file.iter_batches(batch_size=1, row_groups=[group]), None)
+        starts = _group_starts(file)
     cuts, last = [], 0
     for start in starts if starts == sorted(set(starts)) else []:
         if start // unit_bytes > last:
@@ -175,5 +182,9 @@ def _guarded(path: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError) as error:
         raise unreadable(path, error) from None
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:160].rstrip(".")
+        # It repeats bytes of the file as they are; a control character among them would reach the terminal.
+        said = "".join(
+            letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(str(error).split())
+        )
+        reason = (said or type(error).__name__)[:160].rstrip(".")
         raise DataError(f"{path} is no whole Parquet file ({reason}): fetch it again.") from None

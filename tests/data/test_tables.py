@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -92,6 +93,39 @@ def test_parquet_that_cannot_be_used(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match=r"a\.parquet is no whole Parquet file"):
         texts(path)
+
+
+def test_a_damaged_parquet_file_is_a_sentence_and_ends_no_process(tmp_path: Path):
+    path = parquet_of(tmp_path / "a.parquet", {"text": ["one", "two"] * 6, "id": list(range(12))}, row_group_size=4)
+    whole = path.read_bytes()
+    # In a process of its own: pyarrow, asked for what the footer says of a column, calls abort.
+    code = """
+import sys
+from pathlib import Path
+from random import Random
+from ostro.data.sources import attempts, units
+from ostro.errors import DataError
+path, whole, random = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes(), Random(0)
+refused = 0
+footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+damage = [(at, random.randrange(256)) for at in range(footer, len(whole))]
+damage += [(at, whole[at] ^ 1 << bit) for at in range(footer, footer + 48) for bit in range(8)]  # the schema
+for at, byte in damage:
+    path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+    for unit_bytes in (1, 1 << 26):
+        try:
+            found = [item for unit in units([path], "parquet", unit_bytes=unit_bytes) for item in attempts(unit)]
+        except DataError as error:
+            found = [error]
+        for item in found:
+            if isinstance(item, DataError):
+                refused += 1
+                assert str(item).isprintable() and str(path) in str(item), ascii(item)
+print(refused)
+"""
+    found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-1000:]
+    assert int(found.stdout) > len(whole) // 4
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: Iterable[Any]) -> list[Any]:
