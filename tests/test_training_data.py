@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ostro.config import Config, load_config
 from ostro.data.mindrecord import MindRecordWriter
 from ostro.data.prepare import prepare
 from ostro.data.shards import open_shards
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import load_tokenizer
 from ostro.errors import ConfigError, DataError, TrainError
 from ostro.evaluate import evaluate
@@ -187,3 +189,44 @@ def test_evaluation_scores_what_is_learned(conversations: Path, winds: tuple[Pat
     prepare([tmp_path / "ignored.mindrecord"], tmp_path / "ignored", tokenizer=tokenizer)
     with pytest.raises(DataError, match="ignored: no token of it is learned, so there is nothing to score"):
         evaluate(model, [open_shards(tmp_path / "ignored")], 64)
+
+
+TALKS = [
+    {"messages": [{"role": "user", "content": f"What is {at}?"}, {"role": "assistant", "content": "a number " * at}]}
+    for at in range(1, 12)
+]
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in TALKS), "utf-8")
+    return path
+
+
+def test_a_folder_of_another_template_is_refused(talks: Path, tmp_path: Path) -> None:
+    prepare([talks], tmp_path / "data", tokenizer=load_tokenizer(), settings=Settings(template="vicuna"))
+    for same in ("auto", "vicuna"):
+        assert set_up(config([tmp_path / "data"], tmp_path / same, f"data.template={same}")).loader.num_rows
+    with pytest.raises(DataError, match=r"was prepared with the template 'vicuna', not 'mistral-v1': set data.template"):
+        set_up(config([tmp_path / "data"], tmp_path / "run", "data.template=mistral-v1"))
+
+
+def test_the_tokens_of_short_rows_are_counted_as_they_are(talks: Path, tmp_path: Path) -> None:
+    """Also where a run goes on: rows of whole conversations are seldom full."""
+    more = ("data.packing=none", "train.steps=4", "checkpoint.every=2")
+    train(config([talks], tmp_path / "whole", *more))
+    run = set_up(config([talks], tmp_path / "other", *more))
+    read = [sum(len(row.tokens_L) for row in run.loader.rows(step, 4)) for step in range(4)]
+    tokens = [row["tokens"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert tokens == np.cumsum(read).tolist()
+    assert len({*read, 4 * 32}) > 2
+    newest = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    train(config([talks], tmp_path / "whole", *more))
+    assert [row["tokens"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")][-2:] == tokens[-2:]
+
+
+def test_duplicates_are_left_out_of_raw_data_where_asked(winds: tuple[Path, Path], tmp_path: Path) -> None:
+    run = set_up(config([winds[0]], tmp_path / "run", "data.dedup=true", "train.global_batch_sequences=1"))
+    assert run.loader.num_tokens == 32

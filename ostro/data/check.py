@@ -17,14 +17,12 @@ from ostro.data.arrays import ArrayFile
 from ostro.data.beside import Beside, disk_errors
 from ostro.data.duplicates import as_json, digest, repeated
 from ostro.data.records import Chat, Record, Text, Tokens
-from ostro.data.tasks import Settings, require_known
+from ostro.data.tasks import Settings, batches, require_known
 from ostro.data.tokenizer import Tokenizer
 from ostro.data.workers import size_of
 from ostro.errors import DataError
 
 Report = Callable[[int, int, int], None]
-
-_BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 1024
 
 
 @dataclasses.dataclass
@@ -77,7 +75,7 @@ def check(
     summary = Summary(seq_length)
     with _opened(fix) as write, tempfile.TemporaryDirectory() as folder:
         digests = ArrayFile(Path(folder) / "digests.npy", np.dtype(np.uint64), (2,))
-        for batch in _batches(paths, settings, lambda *read: report and report(summary.num_tokens, *read)):
+        for batch in batches(_items(paths, settings, lambda *read: report and report(summary.num_tokens, *read))):
             for item in _rendered(batch, tokenizer, settings.template):
                 if isinstance(item, DataError):
                     summary.errors.append(str(item))
@@ -156,26 +154,17 @@ def _opened(path: Path | None) -> Iterator[Callable[[Record], None] | None]:
             beside.keep()
 
 
-def _batches(
+def _items(
     paths: Iterable[str | Path], settings: Settings, report: Callable[[int, int], object]
-) -> Iterator[list[Record | DataError]]:
-    """Yield the records, bad ones in their places, some at a time; report the bytes read, of how many."""
-    batch: list[Record | DataError] = []
-    num_chars = num_bytes = 0
+) -> Iterator[Record | DataError]:
+    """Yield the records, bad ones in their places; report the bytes read, of how many."""
     units = sources.units(paths, settings.kind, documents=settings.documents)
-    total = sum(map(size_of, units))
+    num_bytes, total = 0, sum(map(size_of, units))
     report(0, total)
     for unit in units:
-        for item in sources.attempts(unit):
-            batch.append(item)
-            num_chars += len(item.text) if isinstance(item, Text) else 1000
-            if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_RECORDS:
-                yield batch
-                batch, num_chars = [], 0
+        yield from sources.attempts(unit)
         num_bytes += size_of(unit)
         report(num_bytes, total)
-    if batch:
-        yield batch
 
 
 def _rendered(

@@ -14,8 +14,6 @@ from ostro.data.mindrecord import MindRecordWriter
 from ostro.data.tokenizer import Tokenizer
 from ostro.errors import DataError
 
-MODES = ("wiki", "qa")
-
 
 def mode_of(paths: Sequence[str | Path]) -> str:
     """Return `qa` for conversations and Alpaca records, `wiki` for texts; DataError where they are mixed."""
@@ -38,7 +36,6 @@ def write_mindrecord(
     seq_length: int,
     repeat: int = 1,
     partitions: int = 1,
-    mode: str | None = None,
     report: Callable[[int], None] | None = None,
 ) -> tuple[int, list[str]]:
     """Write the records that MindFormers would, and return how many and what to say about them.
@@ -47,7 +44,7 @@ def write_mindrecord(
     the rows written.
     """
     files = sources.expand(paths)
-    mode = mode or mode_of(files)
+    mode = mode_of(files)
     reports = [QaReport() for _ in files]
     columns = ("input_ids",) if mode == "wiki" else ("input_ids", "labels")
     makers: dict[str, Callable[[], Iterator[dict[str, np.ndarray]]]] = {
@@ -56,8 +53,8 @@ def write_mindrecord(
         ),
         "qa": lambda: (
             {"input_ids": ids, "labels": labels}
-            for file, report in zip(files, reports, strict=True)
-            for ids, labels in qa_records(_conversations(file), tokenizer, seq_length, report)
+            for file, found in zip(files, reports, strict=True)
+            for ids, labels in qa_records(_conversations(file), tokenizer, seq_length, found)
         ),
     }
     count = 0
@@ -71,7 +68,7 @@ def write_mindrecord(
             raise DataError(
                 f"{files[0]}: no record of {seq_length + 1} tokens comes out of it: use a shorter --seq-length."
             )
-    useless = sum(report.useless for report in reports)
-    truncated = sum(report.truncated for report in reports)
+    useless = sum(found.useless for found in reports)
+    truncated = sum(found.truncated for found in reports)
     notes = [f"{useless} of {count} records train nothing, as in MindFormers"] if useless else []
     return count, notes + ([f"{truncated} records were cut at {seq_length + 1} tokens"] if truncated else [])

@@ -46,10 +46,6 @@ _PLAN = "plan.json"
 TASK_BYTES = sources.UNIT_BYTES  # of sources at most, the work of one process at a time and about one shard
 
 
-class AnotherPlan(DataError):
-    """A partial folder is of another preparation, which is left as it is."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Hands:
     """Who does the work: `workers` processes (None: one a core), or the Ray cluster at the address `ray`.
@@ -92,8 +88,8 @@ def prepare(
             return _the_same(out, _plan(_tasks(files, settings), tokenizer, settings))
         words = Words(partial / f"tokenizer-{_spec_sha256(tokenizer)[:16]}", tokenizer.name)
         num_bytes = sum(path.stat().st_size for path in files)
-        partial.mkdir(parents=True, exist_ok=True)
         try:
+            partial.mkdir(parents=True, exist_ok=True)
             words.keep(tokenizer)
             with workers.Crew(hands.workers, hands.ray, num_bytes=num_bytes, warm=words.warm) as crew:
                 tasks = _tasks(files, settings)
@@ -103,10 +99,8 @@ def prepare(
             if not is_prepared(out):
                 raise
             return read_manifest(out)  # another share ended at the same moment, and put the folder together
-        except AnotherPlan:
-            raise
-        except DataError:  # the sources have to change, so what was made of them is of no use
-            if hands.share[1] == 1:
+        except DataError:
+            if not (partial / _PLAN).exists():  # nothing was begun there, by nobody
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
@@ -129,12 +123,17 @@ class _Job:
 def _done(job: _Job, share: tuple[int, int], crew: workers.Crew, report: Report | None) -> Manifest | None:
     """Do a share of a preparation, and put the folder together if it is the last."""
     _begin(job.partial, job.plan)
-    if job.settings.dedup:
-        _find_repeats(job, crew)
-    _make_shards(job, share, crew, report)
-    notes = [read_json(note_path(job.partial, number)) for number in range(len(job.tasks))]
-    if all(notes):
-        return _put_together(job, [note for note in notes if note])
+    try:
+        if job.settings.dedup:
+            _find_repeats(job, crew)
+        _make_shards(job, share, crew, report)
+        notes = [read_json(note_path(job.partial, number)) for number in range(len(job.tasks))]
+        if all(notes):
+            return _put_together(job, [note for note in notes if note])
+    except DataError:  # the sources have to change, so what was made of them is of no use
+        if share[1] == 1:
+            shutil.rmtree(job.partial, ignore_errors=True)
+        raise
     return read_manifest(job.out) if is_prepared(job.out) else None
 
 
@@ -234,7 +233,7 @@ def _begin(partial: Path, plan: dict[str, Any]) -> None:
     if found is None:
         write_whole(partial / _PLAN, plan)
     elif found != plan:
-        raise AnotherPlan(
+        raise DataError(
             f"{partial} holds the beginning of another preparation (other sources, tokenizer or settings): "
             "remove it, or finish that one first."
         )
@@ -264,11 +263,11 @@ def _make_shards(job: _Job, share: tuple[int, int], crew: workers.Crew, report: 
     """Do this share's tasks that are not done."""
     sizes = [sum(map(workers.size_of, units)) for units in job.tasks]
     mine = range(share[0], len(job.tasks), share[1])
-    todo = [(number, job.tasks[number]) for number in mine if not note_path(job.partial, number).exists()]
-    num_tokens, num_bytes, total = 0, 0, sum(sizes[number] for number, _ in todo)
+    left = [(number, job.tasks[number]) for number in mine if not note_path(job.partial, number).exists()]
+    num_tokens, num_bytes, total = 0, 0, sum(sizes[number] for number, _ in left)
     if report:
         report(0, 0, total)  # from here on the time counts
-    for number, note in crew.done(Tokenize(job.partial, job.words, job.settings), todo):
+    for number, note in crew.done(Tokenize(job.partial, job.words, job.settings), left):
         num_tokens += note["num_tokens"]
         num_bytes += sizes[number]
         if report:

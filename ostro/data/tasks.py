@@ -7,9 +7,9 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from ostro.data.duplicates import digest, digests_path, repeats_path
 from ostro.data.records import Chat, Record, Text, Tokens, Unit
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import DataError
+
+Item = TypeVar("Item", bound=Record | DataError)
 
 _BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 4096
 _SMALL_BYTES = 1 << 20
@@ -172,9 +174,9 @@ def require_known(record: Tokens, tokenizer: Tokenizer) -> None:
         )
 
 
-def batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Yield the records some millions of characters at a time."""
-    batch: list[Record] = []
+def batches(records: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield records, perhaps with what is wrong in the place of a bad one, some millions of characters at a time."""
+    batch: list[Item] = []
     num_chars = 0
     for record in records:
         batch.append(record)
@@ -256,7 +258,7 @@ def _records(units: Sequence[Unit]) -> Iterator[Record]:
         yield from sources.read(unit)
 
 
-def _texts(record: Record) -> Iterator[str]:
+def _texts(record: Record | DataError) -> Iterator[str]:
     if isinstance(record, Text):
         yield record.text
     elif isinstance(record, Chat):

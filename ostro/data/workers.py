@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ostro.data.records import Unit
-from ostro.errors import DataError, Error, OutOfMemory
+from ostro.errors import ConfigError, Error, OutOfMemory
 
 Result = TypeVar("Result")
 Task = Callable[[int, Sequence[Unit]], Result]
-Todo = Sequence[tuple[int, Sequence[Unit]]]
+Numbered = Sequence[tuple[int, Sequence[Unit]]]
 
 _SMALL_BYTES = 8 << 20  # what is done before another process has started
 
@@ -59,23 +59,23 @@ class Crew:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def done(self, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
+    def done(self, task: Task[Result], tasks: Numbered) -> Iterator[tuple[int, Result]]:
         """Do a task for each number and its units; yield the number and the result whenever one is done.
 
-        Raises what the task raises, OutOfMemory where a process was killed, DataError for a cluster that cannot be had.
+        Raises what the task raises, OutOfMemory where a process was killed, ConfigError for a cluster not there.
         """
-        if todo and self._ray is not None:
-            yield from _on_ray(task, todo, self._ray)
-        elif self._pool is None or len(todo) < 2:
-            for number, units in todo:
+        if tasks and self._ray is not None:
+            yield from _on_ray(task, tasks, self._ray)
+        elif self._pool is None or len(tasks) < 2:
+            for number, units in tasks:
                 yield number, task(number, units)
         else:
-            yield from self._shared(self._pool, task, todo)
+            yield from self._shared(self._pool, task, tasks)
 
-    def _shared(self, pool: ProcessPoolExecutor, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
+    def _shared(self, pool: ProcessPoolExecutor, task: Task[Result], tasks: Numbered) -> Iterator[tuple[int, Result]]:
         try:
             with _uninterrupted():
-                started = {pool.submit(task, number, units): number for number, units in todo}
+                started = {pool.submit(task, number, units): number for number, units in tasks}
             for ended in as_completed(started):
                 yield started[ended], ended.result()
         except BrokenProcessPool:
@@ -112,20 +112,20 @@ def size_of(unit: Unit) -> int:
     return (unit.stop if unit.stop is not None else os.path.getsize(unit.path)) - unit.start
 
 
-def _on_ray(task: Task[Result], todo: Todo, address: str) -> Iterator[tuple[int, Result]]:
+def _on_ray(task: Task[Result], tasks: Numbered, address: str) -> Iterator[tuple[int, Result]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise DataError("--ray needs the package ray: pip install 'ostro[ray]'.") from None
+        raise ConfigError("--ray needs the package ray: pip install 'ostro[ray]'.") from None
     try:
         _reach(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
     except (Exception, SystemExit) as error:  # a connection can fail in many ways
         reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise DataError(f"the Ray cluster {address!r} cannot be reached ({reason}): check --ray ADDRESS.") from None
+        raise ConfigError(f"the Ray cluster {address!r} cannot be reached ({reason}): check --ray ADDRESS.") from None
     try:
-        yield from _ray_results(ray, task, todo)
+        yield from _ray_results(ray, task, tasks)
     finally:
         ray.shutdown()
 
@@ -137,9 +137,9 @@ def _reach(address: str) -> None:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=10).close()
 
 
-def _ray_results(ray: Any, task: Task[Result], todo: Todo) -> Iterator[tuple[int, Result]]:
+def _ray_results(ray: Any, task: Task[Result], tasks: Numbered) -> Iterator[tuple[int, Result]]:
     remote = ray.remote(_called)
-    pending = {remote.remote(task, number, [_absolute(unit) for unit in units]): number for number, units in todo}
+    pending = {remote.remote(task, number, [_absolute(unit) for unit in units]): number for number, units in tasks}
     try:
         while pending:
             (ended,), _ = ray.wait(list(pending), num_returns=1)

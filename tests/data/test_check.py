@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ostro.data import chat, sources
+from ostro.data import chat, sources, tasks
 from ostro.data import check as room
 from ostro.data.check import as_json, check, preview
 from ostro.data.megatron import MegatronWriter
@@ -71,7 +71,7 @@ def test_conversations_are_counted_as_rendered(tmp_path: Path, v3: Tokenizer):
 
 
 def test_every_bad_record_is_named(tmp_path: Path, v3: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "_BATCH_RECORDS", 2)
+    monkeypatch.setattr(tasks, "_BATCH_RECORDS", 2)
     path = lines(
         tmp_path / "a.jsonl",
         talk("a", "b"),

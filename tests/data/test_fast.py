@@ -21,7 +21,7 @@ from ostro.data.shards import open_shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import DataError
 
-NUM_FUZZED = int(os.environ.get("OSTRO_NUM_FUZZED", "2000"))
+NUM_FUZZED = int(os.environ.get("OSTRO_NUM_FUZZED", "100000"))
 load = functools.cache(load_tokenizer)
 
 

@@ -275,6 +275,10 @@ def test_another_plan_is_not_gone_on_with(tmp_path: Path, many: Path, v1: Tokeni
     for other in others:
         with pytest.raises(DataError, match=match):
             other()
+    for settings in (Settings(kind="nope"), Settings(template="nope")):
+        with pytest.raises(DataError, match="'nope' is unknown"):
+            prepare([many], tmp_path / "data", tokenizer=v1, settings=settings, hands=Hands(1))
+        assert contents(tmp_path / ".data.partial") == before
     os.utime(many / "9.txt", ns=(1, 1))
     with pytest.raises(DataError, match=match):
         prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1))
@@ -349,6 +353,15 @@ def test_sources_of_every_kind_mix(tmp_path: Path, many: Path, corpus: Path, v1:
     trained = shards.trained(shards.num_tokens - 13, shards.num_tokens)
     assert trained is not None
     assert trained.tolist() == [True] * 8 + [False, False, True, True, False]
+
+
+def test_records_that_teach_nothing_are_counted(tmp_path: Path, v1: Tokenizer):
+    with MindRecordWriter(tmp_path / "q.mindrecord", ("input_ids", "labels"), "qa") as rows:
+        for learned in ([5, 6, 7], [-100, -100, 7], [5, -100, -100], [-100, -100, -100]):  # the first is no label
+            rows.append({"input_ids": np.array([5, 6, 7], np.int32), "labels": np.array(learned, np.int32)})
+    manifest = prepare([tmp_path / "q.mindrecord"], tmp_path / "data", tokenizer=v1)
+    assert manifest is not None
+    assert (manifest.num_documents, manifest.num_unlearned) == (4, 2)
 
 
 def test_tokens_of_another_vocabulary_are_refused(tmp_path: Path, v1: Tokenizer):

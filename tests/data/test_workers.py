@@ -18,7 +18,7 @@ from ostro.data.records import Unit
 from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.data.workers import Crew
-from ostro.errors import DataError, OutOfMemory
+from ostro.errors import ConfigError, DataError, OutOfMemory
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,16 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, many: Path, v1: Tokenizer, mon
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, many: Path, v1: Tokenizer):
     pytest.importorskip("ray")
-    with pytest.raises(DataError, match=r"the Ray cluster '127.0.0.1:1' cannot be reached \(.*\): check --ray ADDRESS"):
+    assert prepare([many], tmp_path / "out", tokenizer=v1, hands=Hands(1, (0, 2))) is None
+    before = contents(tmp_path / ".out.partial")
+    with pytest.raises(ConfigError, match=r"cluster '127.0.0.1:1' cannot be reached \(.*\): check --ray ADDRESS"):
         prepare([many], tmp_path / "out", tokenizer=v1, hands=Hands(ray="127.0.0.1:1"))
+    assert contents(tmp_path / ".out.partial") == before  # what was done is gone on with
 
 
 def test_without_ray_it_says_what_to_install(
     tmp_path: Path, many: Path, v1: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r"--ray needs the package ray: pip install 'ostro\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"--ray needs the package ray: pip install 'ostro\[ray\]'"):
         prepare([many], tmp_path / "out", tokenizer=v1, hands=Hands(ray="auto"))
