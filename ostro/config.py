@@ -45,9 +45,9 @@ class Data(Section):
 
     `path@0.3` gives a source a share of the tokens (or, `weights_by: epochs`, so many times an epoch); then each has
     one; all sources have such a share, or none has. `packing` auto is `bestfit` where only some tokens are learned, as
-    in conversations, `concat` otherwise; `records` trains MindFormers' records as it does. `overlong` says what becomes
-    of a document that is longer than a row (of `concat` none is). `pad_token_id` is the id after which nothing is
-    learned (−1: none).
+    in conversations, `records` for MindRecord's, else `concat`; `records` trains MindFormers' records as it does.
+    `overlong` says what becomes of a document that is longer than a row (of `concat` none is). `pad_token_id` is the
+    id after which nothing is learned (−1: none).
     """
 
     path: tuple[str, ...] = ()

@@ -85,7 +85,8 @@ def evaluate(
     if not weight:
         raise DataError(f"{shards[0].path}: no token of it is learned, so there is nothing to score: name other data.")
     num_bytes = sum(shard.manifest.num_bytes for shard in shards)
-    is_text = num_bytes > 0 and packing_of(shards) == "concat"
+    kinds = {source.get("kind") for part in shards for source in part.manifest.sources}
+    is_text = not kinds & {"mindrecord", "megatron"} and pad_token_id < 0 and packing_of(shards) == "concat"
     loss = total / weight
     return Evaluation(
         loss=loss,

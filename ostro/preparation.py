@@ -102,6 +102,8 @@ def _require_fitting(asked: Request) -> None:
         raise ConfigError(
             "--shard, --ray and --dedup are for a folder of token shards: give --out, and no --to, or leave them out."
         )
+    if asked.workers is not None and (asked.out is None or asked.to != "native"):
+        raise ConfigError("--workers is for a folder of token shards, the rest is done by one process: leave it out.")
     if asked.share and asked.ray:
         raise ConfigError("--shard and --ray both say who does the work: give one of them.")
     if asked.conversations is not None and asked.style != "mindformers":
@@ -150,7 +152,7 @@ def _native(
     if manifest is None:
         say(f"{out}: share {asked.share} is done; the last share to end puts the folder together")
         return
-    rate = "prepared before, unchanged" if was_there else f"{manifest.num_tokens / seconds:,.0f} tokens/s"
+    rate = "prepared before, unchanged" if was_there else f"{progress.num_tokens / seconds:,.0f} tokens/s"
     say(
         f"{out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens of {manifest.num_bytes:,} bytes, "
         f"{rate}"
@@ -170,9 +172,11 @@ class _Progress:
 
     def __init__(self) -> None:
         self._line: ByteProgress | None = None
+        self.num_tokens = 0
 
     def show(self, num_tokens: int, num_bytes: int, total_bytes: int) -> None:
         """Show it."""
+        self.num_tokens = num_tokens
         if self._line is None:
             self._line = ByteProgress(total_bytes, "read")
         self._line.show(num_bytes)
@@ -189,8 +193,8 @@ def _share(text: str | None) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in (index, count)):
         raise ConfigError(f"--shard {text!r} must be i/n, counted from 0: --shard 0/4.")
-    if not 0 <= int(index) < int(count):
-        raise ConfigError(f"--shard {text}: shares are counted from 0 to {int(count) - 1}.")
+    if int(index) >= int(count):
+        raise ConfigError(f"--shard {text}: shares are counted from 0, the last of n is n-1.")
     return int(index), int(count)
 
 
@@ -287,7 +291,12 @@ def _check(asked: Request, tokenizer: Tokenizer, settings: Settings, say: Callab
     if asked.fix is not None:
         say(f"wrote the good ones to {asked.fix}, {size(asked.fix.stat().st_size)}")
     if found.errors:
-        raise DataError(f"{len(found.errors)} records are bad: mend them, or take the good ones with --fix FILE.")
+        what = (
+            "mend them, or take the good ones with --fix FILE"
+            if asked.fix is None
+            else f"{asked.fix} has the good ones"
+        )
+        raise DataError(f"{len(found.errors)} records are bad: {what}.")
 
 
 def _estimate(asked: Request, num_tokens: int, length: int, seconds: float) -> str:

@@ -20,10 +20,9 @@ from ostro import device as devices
 from ostro import log
 from ostro.batch import batch_of, why_none
 from ostro.config import Config
-from ostro.data import chat
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader, Row, packing_of
-from ostro.data.prepare import prepared
+from ostro.data.prepare import is_of_template, prepared
 from ostro.data.shards import Shards
 from ostro.data.sources import parse_weight
 from ostro.data.tasks import Settings
@@ -231,12 +230,7 @@ def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelC
             f"{folder} was prepared with tokenizer {manifest.tokenizer!r}, not {tokenizer.name!r}: "
             "set data.tokenizer to it, or prepare the data again."
         )
-    made_by = manifest.settings.get("template_sha256")
-    if (
-        template != "auto"
-        and made_by
-        and made_by != chat.fingerprint(chat.load_template(template, tokenizer), tokenizer)
-    ):
+    if not is_of_template(manifest, template, tokenizer):
         raise DataError(
             f"{folder} was prepared with the template {manifest.settings['template']!r}, not {template!r}: set "
             "data.template to it, or prepare the data again."

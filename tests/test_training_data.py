@@ -208,7 +208,7 @@ def test_a_folder_of_another_template_is_refused(talks: Path, tmp_path: Path) ->
     prepare([talks], tmp_path / "data", tokenizer=load_tokenizer(), settings=Settings(template="vicuna"))
     for same in ("auto", "vicuna"):
         assert set_up(config([tmp_path / "data"], tmp_path / same, f"data.template={same}")).loader.num_rows
-    with pytest.raises(DataError, match=r"was prepared with the template 'vicuna', not 'mistral-v1': set data.template"):
+    with pytest.raises(DataError, match=r"prepared with the template 'vicuna', not 'mistral-v1': set data.template"):
         set_up(config([tmp_path / "data"], tmp_path / "run", "data.template=mistral-v1"))
 
 

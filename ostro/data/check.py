@@ -17,7 +17,8 @@ from ostro.data.arrays import ArrayFile
 from ostro.data.beside import Beside, disk_errors
 from ostro.data.duplicates import as_json, digest, repeated
 from ostro.data.records import Chat, Record, Text, Tokens
-from ostro.data.tasks import Settings, batches, require_known
+from ostro.data.tasks import Settings, batches, framed, require_known
+from ostro.data.text_files import exact
 from ostro.data.tokenizer import Tokenizer
 from ostro.data.workers import size_of
 from ostro.errors import DataError
@@ -88,7 +89,7 @@ def check(
                 if write is not None:
                     write(record)
         digests.close()
-        found = repeated([np.load(Path(folder) / "digests.npy", mmap_mode="r")])
+        found = repeated([Path(folder) / "digests.npy"])
         summary.num_duplicates = sum(len(places) for _, places in found)
     return summary
 
@@ -96,20 +97,21 @@ def check(
 def preview(
     paths: Iterable[str | Path], tokenizer: Tokenizer, settings: Settings, count: int, max_chars: int = 4000
 ) -> Iterator[Shown]:
-    """Yield the first records as they will be learned, each cut after `max_chars`."""
+    """Yield the first records as they will be learned; a text and tokens are cut after `max_chars`."""
     for unit in sources.units(paths, settings.kind, documents=settings.documents):
         for record in sources.read(unit):
             if count < 1:
                 return
             count -= 1
+            where = exact(record.where)
             if isinstance(record, Text):
-                yield Shown(record.where, [("<s>", True), (record.text[:max_chars], True), ("</s>", True)])
+                yield Shown(where, [("<s>", False), (record.text[:max_chars], True), ("</s>", True)])
             elif isinstance(record, Chat):
                 named = chat.load_template(settings.template or "auto", tokenizer)
-                yield Shown(record.where, chat.render(record, named, tokenizer).pieces)
+                yield Shown(where, chat.render(record, named, tokenizer).pieces)
             else:
                 require_known(record, tokenizer)
-                yield Shown(record.where, _runs(record, tokenizer, max_chars))
+                yield Shown(where, _runs(record, tokenizer, max_chars))
 
 
 def _runs(record: Tokens, tokenizer: Tokenizer, max_tokens: int) -> list[tuple[str, bool]]:
@@ -184,8 +186,7 @@ def _rendered(
         if isinstance(record, DataError):
             yield record
         elif isinstance(record, Text):
-            ends = np.array([tokenizer.bos_token_id], np.uint32), np.array([tokenizer.eos_token_id], np.uint32)
-            yield record, np.concatenate([ends[0], ids_of[id(record)], ends[1]]), None, ""
+            yield record, framed(ids_of[id(record)], tokenizer), None, ""
         elif isinstance(record, Tokens):
             try:
                 require_known(record, tokenizer)
@@ -195,6 +196,6 @@ def _rendered(
                 yield record, record.ids, record.trained, ""
         elif record.where in made:
             one = made[record.where]
-            yield record, one.ids, one.trained, one.note
+            yield record, one.ids, one.trained, exact(one.note)
         else:
-            yield next(of_chats)
+            yield DataError(exact(str(next(of_chats))))

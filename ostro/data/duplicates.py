@@ -18,12 +18,12 @@ _PART_ROWS = 1 << 22  # sorted at a time: some 300 MB
 def digest(record: Record) -> np.ndarray:
     """Return 16 bytes of BLAKE2 of what a record says, as uint64 [2]; where it stands and its spelling do not count."""
     if isinstance(record, Text):
-        content = record.text.encode("utf-8", "surrogatepass")
+        content = b"text" + record.text.encode("utf-8", "surrogatepass")
     elif isinstance(record, Tokens):
         trained = b"" if record.trained is None else record.trained.tobytes()
-        content = b"\0tokens" + np.ascontiguousarray(record.ids, np.int64).tobytes() + trained
+        content = b"ids %d " % len(record.ids) + np.ascontiguousarray(record.ids, np.int64).tobytes() + trained
     else:
-        content = b"\0chat" + json.dumps(as_json(record), sort_keys=True).encode()
+        content = b"chat" + json.dumps(as_json(record), sort_keys=True).encode()
     return np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.uint64)
 
 
@@ -48,17 +48,17 @@ def _message(message: Message) -> dict[str, Any]:
     return content
 
 
-def repeated(digests: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield, of digests uint64 [n, 2] in several arrays, the places of those that equal an earlier one.
+def repeated(files: Sequence[Path]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield, of digests uint64 [n, 2] in several .npy files, the places of those that equal an earlier one.
 
-    Yields (array, places int64) any number of times for each array. All equal digests are in one part, which is decided
-    by the first of their bits.
+    Yields (number of the file, places int64) any number of times for each. One file is open at a time; all equal
+    digests are in one part, which is decided by the first of their bits.
     """
-    num_rows = sum(map(len, digests))
+    num_rows = sum(len(np.load(path, mmap_mode="r")) for path in files)
     bits = max(0, -(-num_rows // _PART_ROWS) - 1).bit_length()
     for part in range(1 << bits):
         found, arrays, places = [], [], []
-        for array, rows in enumerate(digests):
+        for array, rows in enumerate(map(np.load, files)):
             at = np.flatnonzero(rows[:, 0] >> np.uint64(64 - bits) == part) if bits else np.arange(len(rows))
             found.append(rows[at])
             arrays.append(np.full(len(at), array))

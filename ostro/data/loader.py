@@ -236,7 +236,7 @@ class Loader:
 class _Stream:
     """All shards as one stream of tokens: files one after another, and the ends of all documents.
 
-    The ends are in memory unless they lie in one piece on disk: eight bytes a document.
+    The ends are in memory, eight bytes a document.
     """
 
     def __init__(self, shards: Sequence[Shards]) -> None:

@@ -79,28 +79,30 @@ def prepare(
     `out` that is taken, or a partial folder of other sources or settings; OutOfMemory for a full disk.
     """
     out = Path(out)
-    partial = Path(os.path.abspath(out.parent), f".{out.name}.partial")
+    place = Path(os.path.realpath(out))
+    partial = place.with_name(f".{place.name}.partial")
     full = f"(4 to 6 bytes for each 10 bytes of text) and give the same command again, or remove {partial} and choose "
     with disk_errors(out, full=f"make room {full}a folder on another disk"):
         refuse_taken(out)
         files = sources.expand([str(path) for path in paths])
         if is_prepared(out):
             return _the_same(out, _plan(_tasks(files, settings), tokenizer, settings))
-        words = Words(partial / f"tokenizer-{_spec_sha256(tokenizer)[:16]}", tokenizer.name)
+        words = Words(partial / f"tokenizer-{tokenizer.fingerprint[:16]}", tokenizer.name)
         num_bytes = sum(path.stat().st_size for path in files)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             words.keep(tokenizer)
             with workers.Crew(hands.workers, hands.ray, num_bytes=num_bytes, warm=words.warm) as crew:
                 tasks = _tasks(files, settings)
-                job = _Job(partial, out, tasks, tokenizer, settings, words, _plan(tasks, tokenizer, settings))
+                job = _Job(partial, place, tasks, tokenizer, settings, words, _plan(tasks, tokenizer, settings))
                 return _done(job, hands.share, crew, report)
         except OSError:
             if not is_prepared(out):
                 raise
-            return read_manifest(out)  # another share ended at the same moment, and put the folder together
+            # Another share ended at the same moment, and put the folder together.
+            return _the_same(out, _plan(_tasks(files, settings), tokenizer, settings))
         except DataError:
-            if not (partial / _PLAN).exists():  # nothing was begun there, by nobody
+            if hands.share[1] == 1 and not any(partial.glob("task-*.json")):  # there is nothing to go on with
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
@@ -130,11 +132,15 @@ def _done(job: _Job, share: tuple[int, int], crew: workers.Crew, report: Report 
         notes = [read_json(note_path(job.partial, number)) for number in range(len(job.tasks))]
         if all(notes):
             return _put_together(job, [note for note in notes if note])
-    except DataError:  # the sources have to change, so what was made of them is of no use
-        if share[1] == 1:
-            shutil.rmtree(job.partial, ignore_errors=True)
+    except DataError as error:
+        # If the sources have to change, what was made of them is of no use; if a disk was away, it is.
+        if job.partial.exists():
+            write_whole(job.partial / _PLAN, job.plan | {"refused": str(error)})
         raise
-    return read_manifest(job.out) if is_prepared(job.out) else None
+    if not is_prepared(job.out):
+        return None
+    shutil.rmtree(job.partial, ignore_errors=True)  # made anew by a share that came late
+    return _the_same(job.out, job.plan)
 
 
 def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, settings: Settings) -> Path:
@@ -161,6 +167,14 @@ def prepared(paths: Sequence[str | Path], cache: Path, *, tokenizer: Tokenizer, 
     return folder
 
 
+def is_of_template(manifest: Manifest, template: str, tokenizer: Tokenizer) -> bool:
+    """Whether the conversations in prepared data, if there are any, were rendered by this template ("auto": any)."""
+    is_rendered = manifest.num_trained < manifest.num_tokens  # texts need none, and MindRecord's rows have none
+    if template == "auto" or not is_rendered or all(source["kind"] == "mindrecord" for source in manifest.sources):
+        return True
+    return manifest.settings["template_sha256"] == _settled(Settings(template=template), tokenizer)["template_sha256"]
+
+
 def grouped(units: Sequence[Unit]) -> list[list[Unit]]:
     """Return the units in tasks of about `sources.unit_bytes_of` all of them, TASK_BYTES at most, in their order."""
     sizes = [workers.size_of(unit) for unit in units]
@@ -182,12 +196,16 @@ def refuse_taken(out: Path) -> None:
         return
     if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder: choose a new one for the data.")
+    if os.path.ismount(out) or (out.exists() and out.samefile(".")):
+        raise DataError(f"{out} cannot be replaced as a whole: name a new folder inside it.")
 
 
 def _the_same(out: Path, plan: dict[str, Any]) -> Manifest:
     """Return the manifest of what was prepared before, if it is what would be prepared now."""
     manifest = read_manifest(out)
-    if manifest.key != plan["key"]:
+    if manifest.key == plan["key"]:
+        _clear_up(out, manifest)  # what was killed may have left it to others
+    else:
         raise DataError(
             f"{out} already holds prepared data, of other or changed sources, tokenizer or settings: choose another "
             "folder, or remove this one."
@@ -199,17 +217,14 @@ def _plan(tasks: Tasks, tokenizer: Tokenizer, settings: Settings) -> dict[str, A
     """Return what a folder must be of to be gone on with."""
     seen = []
     for unit in (unit for units in tasks for unit in units):
-        found = os.stat(unit.path)
-        seen.append([unit.path, unit.kind, unit.start, unit.stop, unit.first, found.st_size, found.st_mtime_ns])
-    spec = _spec_sha256(tokenizer)
-    made_of = [FORMAT, TASK_BYTES, tokenizer.sha256, spec, tokenizer.bos_token_id, tokenizer.eos_token_id, seen]
+        seen.append([os.path.abspath(unit.path), unit.kind, unit.start, unit.stop, unit.first])
+        for path in sources.files_of(unit):
+            found = os.stat(path)
+            seen[-1] += [found.st_size, found.st_mtime_ns]
+    made_of = [FORMAT, TASK_BYTES, tokenizer.fingerprint, seen]
     text = json.dumps([made_of, _settled(settings, tokenizer)])
     key = hashlib.sha256(text.encode()).hexdigest()
     return {"key": key, "num_tasks": len(tasks)}
-
-
-def _spec_sha256(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(tokenizer.spec).hexdigest()  # of its rules as well, where `sha256` is of its pieces
 
 
 def _tasks(files: Sequence[Path], settings: Settings) -> list[list[Unit]]:
@@ -230,9 +245,15 @@ def _settled(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
 def _begin(partial: Path, plan: dict[str, Any]) -> None:
     """Write down in the partial folder what it is of, or check that it is of the same."""
     found = read_json(partial / _PLAN)
+    is_same = found is not None and found["key"] == plan["key"]
+    if found is not None and not is_same and "refused" in found:  # the sources have changed, as they had to
+        for path in partial.iterdir():
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        found = None
     if found is None:
         write_whole(partial / _PLAN, plan)
-    elif found != plan:
+    elif not is_same:
         raise DataError(
             f"{partial} holds the beginning of another preparation (other sources, tokenizer or settings): "
             "remove it, or finish that one first."
@@ -248,9 +269,8 @@ def _find_repeats(job: _Job, crew: workers.Crew) -> None:
     paths = [duplicates.digests_path(job.partial, number) for number in numbers]
     for _ in crew.done(Digest(job.partial), [(n, job.tasks[n]) for n in numbers if not paths[n].exists()]):
         pass
-    digests = [np.load(path, mmap_mode="r") for path in paths]
-    masks = [np.zeros(len(rows), bool) for rows in digests]
-    for number, places in duplicates.repeated(digests):
+    masks = [np.zeros(len(np.load(path, mmap_mode="r")), bool) for path in paths]
+    for number, places in duplicates.repeated(paths):
         masks[number][places] = True
     for final, mask in zip(marks, masks, strict=True):
         beside = beside_of(final)
@@ -263,7 +283,7 @@ def _make_shards(job: _Job, share: tuple[int, int], crew: workers.Crew, report: 
     """Do this share's tasks that are not done."""
     sizes = [sum(map(workers.size_of, units)) for units in job.tasks]
     mine = range(share[0], len(job.tasks), share[1])
-    left = [(number, job.tasks[number]) for number in mine if not note_path(job.partial, number).exists()]
+    left = [(number, job.tasks[number]) for number in mine if not read_json(note_path(job.partial, number))]
     num_tokens, num_bytes, total = 0, 0, sum(sizes[number] for number, _ in left)
     if report:
         report(0, 0, total)  # from here on the time counts
@@ -279,6 +299,7 @@ def _put_together(job: _Job, notes: Sequence[dict[str, Any]]) -> Manifest:
     partial, tasks, tokenizer, settings = job.partial, job.tasks, job.tokenizer, job.settings
     paths = sorted({unit.path for units in tasks for unit in units})
     if not any(note["num_documents"] for note in notes):
+        shutil.rmtree(partial)
         few = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         raise DataError(f"{few}: there is no text in it, so there is nothing to prepare: name other files.")
     files, before, num_repeats = [], 0, 0
@@ -338,6 +359,7 @@ def _sources(tasks: Tasks, notes: Sequence[dict[str, Any]]) -> list[dict[str, An
     found: dict[str, tuple[str, str | None]] = {}
     for units, note in zip(tasks, notes, strict=True):
         for unit, digest in zip(units, note["sha256"], strict=True):
+            found |= dict.fromkeys(sources.files_of(unit), (unit.kind, None))
             found[unit.path] = unit.kind, digest
     left = [path for path, (_, digest) in found.items() if digest is None]
     with ThreadPoolExecutor() as pool:

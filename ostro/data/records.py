@@ -69,3 +69,8 @@ class Unit:
     start: int = 0
     stop: int | None = None
     first: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of its file."""
+        return self.start == 0 and self.stop is None

@@ -8,11 +8,13 @@ bytes of its text.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ostro.errors import DataError
 
 FORMAT = "ostro-tokens-2"
 _MANIFEST = "manifest.json"
+_FEW_FILES = 1024  # that everything else may have open
 _FILE = {"name", "num_tokens", "num_trained"}
 
 
@@ -127,6 +130,7 @@ def open_shards(path: str | Path) -> Shards:
     """
     path = Path(path)
     manifest = read_manifest(path)
+    _allow_files(3 * len(manifest.files))
     files = [_mapped(path / str(file["name"])) for file in manifest.files]
     for file, tokens in zip(manifest.files, files, strict=True):
         _agree(path, f"the shape of {file['name']}", [file["num_tokens"]], list(tokens.shape))
@@ -155,7 +159,9 @@ def fingerprint(shards: Sequence[Shards]) -> str:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder."""
-    (path / _MANIFEST).write_text(_as_json(vars(manifest)), "utf-8")
+    beside = path / f"{_MANIFEST}.{secrets.token_hex(4)}.writing"  # two shares may end at the same moment
+    beside.write_text(_as_json(vars(manifest)), "utf-8")
+    beside.replace(path / _MANIFEST)
 
 
 def _as_json(fields: dict[str, Any]) -> str:
@@ -208,11 +214,25 @@ def _mapped(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path} is missing, though the manifest names it: prepare the data again.") from None
-    except (OSError, ValueError, EOFError, SyntaxError):
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, EOFError, SyntaxError):
         array = None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is cut off or no .npy file: prepare the data again.")
     return array
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many more files open: a mapped one counts as such, and 1,024 are the usual limit."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = count + _FEW_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _mask(path: Path, file: dict[str, Any]) -> np.ndarray | None:

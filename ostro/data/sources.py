@@ -137,6 +137,11 @@ def units_of(
     return found
 
 
+def files_of(unit: Unit) -> list[str]:
+    """Return the files that decide a unit's records: its own, and of Megatron's the index."""
+    return [unit.path, str(Path(unit.path).with_suffix(".idx"))] if unit.kind == "megatron" else [unit.path]
+
+
 def unit_bytes_of(num_bytes: int) -> int:
     """Return how many bytes one piece of work has: few where there are few, so that no process waits long for others.
 

@@ -37,7 +37,7 @@ def read_parquet(unit: Unit, kind: str | None = None) -> Iterator[Item]:
             )
         wanted = [name for name in names if name in (("text",) if kind == "jsonl" else _FIELDS)]
         number = 0
-        is_whole = unit.start == 0 and unit.stop is None
+        is_whole = unit.is_whole
         # Of a file in one piece nobody has checked the groups, and nobody needs to know where they begin.
         starts = [0] * file.metadata.num_row_groups if is_whole else _group_starts(file)
         for group, start in enumerate(starts):

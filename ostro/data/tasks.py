@@ -17,6 +17,7 @@ from ostro.data import chat, sources
 from ostro.data.arrays import ArrayFile
 from ostro.data.duplicates import digest, digests_path, repeats_path
 from ostro.data.records import Chat, Record, Text, Tokens, Unit
+from ostro.data.text_files import exact
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import DataError
 
@@ -24,7 +25,6 @@ Item = TypeVar("Item", bound=Record | DataError)
 
 _BATCH_CHARS, _BATCH_RECORDS = 1 << 22, 4096
 _SMALL_BYTES = 1 << 20
-_PROVED_RECORDS, _PROVED_CHARS = 4, 1024  # of each batch, encoded once more by the package tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,11 @@ class Tokenize:
             return self._kept(number, units) if self.settings.dedup else _records(units)
 
         try:
-            tokenizer = self.words.load()
-            try:
+            tokenizer = self.words.load().unproved()
+            note = _written(beside, records(), tokenizer, self.settings.template)
+            if note["encoder"] is None:  # what was encoded before the difference was seen is not to be trusted either
                 note = _written(beside, records(), tokenizer, self.settings.template)
-            except _Differs:
-                note = _written(beside, records(), tokenizer.slow(), self.settings.template)
-            note["sha256"] = [sha256_of(unit.path) if is_whole(unit) else None for unit in units]
+            note["sha256"] = [sha256_of(unit.path) if unit.is_whole else None for unit in units]
             for word, path in beside.items():
                 if word != "trained" or note["num_trained"] < note["num_tokens"]:
                     path.replace(names[word])
@@ -127,6 +126,7 @@ class Words:
             tokenizer.hurry()
             _at_hand.clear()
             _at_hand[self] = tokenizer
+            return tokenizer
         return _at_hand[self]
 
     def warm(self) -> None:
@@ -148,13 +148,14 @@ def encoded(
     rows: list[tuple[np.ndarray, np.ndarray | None, int] | None] = [None] * len(batch)
     texts = [(at, record) for at, record in enumerate(batch) if isinstance(record, Text)]
     for (at, record), ids in zip(texts, tokenizer.encode_arrays([text.text for _, text in texts]), strict=True):
-        row = np.empty(len(ids) + 2, token_dtype(tokenizer))
-        row[0], row[1:-1], row[-1] = tokenizer.bos_token_id, ids, tokenizer.eos_token_id
-        rows[at] = row, None, _size(record.text)
+        rows[at] = framed(ids, tokenizer), None, _size(record.text)
     chats = [(at, record) for at, record in enumerate(batch) if isinstance(record, Chat)]
     if chats:
         named = chat.load_template(template or "auto", tokenizer)
-        rendered = chat.render_batch([record for _, record in chats], named, tokenizer)
+        try:
+            rendered = chat.render_batch([record for _, record in chats], named, tokenizer)
+        except DataError as error:
+            raise DataError(exact(str(error))) from None
         for (at, record), one in zip(chats, rendered, strict=True):
             rows[at] = one.ids, one.trained, sum(_size(message.content) for message in record.messages)
     for at, record in enumerate(batch):
@@ -164,12 +165,19 @@ def encoded(
     return [row for row in rows if row is not None]
 
 
+def framed(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Return a text's ids between BOS and EOS, in the shards' dtype."""
+    row = np.empty(len(ids) + 2, token_dtype(tokenizer))
+    row[0], row[1:-1], row[-1] = tokenizer.bos_token_id, ids, tokenizer.eos_token_id
+    return row
+
+
 def require_known(record: Tokens, tokenizer: Tokenizer) -> None:
     """Raise DataError for tokens that are none of the tokenizer's."""
     least, most = int(record.ids.min(initial=0)), int(record.ids.max(initial=0))
     if least < 0 or most >= tokenizer.vocab_size:
         raise DataError(
-            f"{record.where}: its tokens go from {least} to {most}, and tokenizer {tokenizer.name} has 0 to "
+            f"{exact(record.where)}: its tokens go from {least} to {most}, and tokenizer {tokenizer.name} has 0 to "
             f"{tokenizer.vocab_size - 1}: name the tokenizer that made them."
         )
 
@@ -180,7 +188,7 @@ def batches(records: Iterable[Item]) -> Iterator[list[Item]]:
     num_chars = 0
     for record in records:
         batch.append(record)
-        num_chars += len(record.ids) if isinstance(record, Tokens) else sum(map(len, _texts(record)))
+        num_chars += _num_chars(record)
         if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_RECORDS:
             yield batch
             batch, num_chars = [], 0
@@ -191,14 +199,15 @@ def batches(records: Iterable[Item]) -> Iterator[list[Item]]:
 def _written(
     beside: dict[str, Path], records: Iterator[Record], tokenizer: Tokenizer, template: str | None
 ) -> dict[str, Any]:
+    """Write a shard; the note's encoder is None where the fast one was given up in the middle of it."""
     num_trained = num_bytes = num_unlearned = 0
+    was_fast = tokenizer.is_fast
     with (
         ArrayFile(beside["tokens"], token_dtype(tokenizer)) as tokens,
         ArrayFile(beside["trained"], np.dtype(bool)) as trained,
         ArrayFile(beside["ends"], np.dtype(np.int64), (2,)) as ends,
     ):
         for batch in batches(records):
-            _prove(tokenizer, batch)
             rows = encoded(batch, tokenizer, template)
             end = tokens.num_rows + np.cumsum([len(ids) for ids, _, _ in rows])
             ends.append(np.stack([end, [size for _, _, size in rows]], axis=1))
@@ -220,27 +229,8 @@ def _written(
         "num_bytes": num_bytes,
         "num_trained": num_trained,
         "num_unlearned": num_unlearned,
-        "encoder": "gigatoken" if tokenizer.is_fast else "tokenizers",
+        "encoder": "gigatoken" if tokenizer.is_fast else None if was_fast else "tokenizers",
     }
-
-
-class _Differs(Exception):
-    """The fast encoder gave other ids than the package tokenizers."""
-
-
-def _prove(tokenizer: Tokenizer, batch: Sequence[Record]) -> None:
-    """Encode the beginnings of some texts of a batch with both encoders; raise _Differs where they differ.
-
-    Then the whole task is done again without the fast one: its tokens are all of one encoder, whatever was killed when.
-    """
-    few = [record for record in batch[:: len(batch) // _PROVED_RECORDS + 1] if not isinstance(record, Tokens)]
-    if tokenizer.is_fast and not tokenizer.agrees([text[:_PROVED_CHARS] for record in few for text in _texts(record)]):
-        raise _Differs
-
-
-def is_whole(unit: Unit) -> bool:
-    """Whether a unit is all of its file."""
-    return unit.start == 0 and unit.stop is None
 
 
 def sha256_of(path: str) -> str:
@@ -258,11 +248,14 @@ def _records(units: Sequence[Unit]) -> Iterator[Record]:
         yield from sources.read(unit)
 
 
-def _texts(record: Record | DataError) -> Iterator[str]:
+def _num_chars(record: Record | DataError) -> int:
     if isinstance(record, Text):
-        yield record.text
-    elif isinstance(record, Chat):
-        yield from (message.content for message in record.messages)
+        return len(record.text)
+    if isinstance(record, Chat):
+        return sum(
+            len(message.content) + sum(len(str(call)) for call in message.tool_calls) for message in record.messages
+        )
+    return len(record.ids) if isinstance(record, Tokens) else 0
 
 
 def _size(text: str) -> int:

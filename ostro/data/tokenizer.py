@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # The vocabularies of Mistral that the package mistral-common ships: 8x7B uses v1, 8x22B uses v3.
 _SHIPPED = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
+_PROVE_EVERY, _PROVE_TEXTS, _PROVE_CHARS = 1 << 22, 6, 1024  # characters between proofs, texts, and of each
 _ROLES = ("bos", "eos", "unk", "pad")
 _USUAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
 _KEPT = ("add_bos_token", "add_eos_token", "chat_template", "model_max_length", "padding_side")
@@ -95,6 +96,7 @@ class Tokenizer:
         # A long text is cut before newlines; what a cut adds in front (the prefix space) is dropped again.
         self._num_prefix = len(self._encode_group(["\n"])[0]) - 1 if cuts else None
         self._encoder: FastEncoder | None = None
+        self._unproved = _PROVE_EVERY
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of one text, with BOS before and EOS after it where asked for."""
@@ -114,13 +116,25 @@ class Tokenizer:
         return self._files["tokenizer.json"]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return what `encode_batch` does as uint32 arrays, which take a tenth of the memory."""
+        """Return what `encode_batch` does as uint32 arrays, which take a tenth of the memory.
+
+        Now and then the fast encoder is held against the slow one over the beginnings of some of the texts; once
+        they differ, this tokenizer is not `is_fast` any more.
+        """
         if self._encoder is None:
             return self.encode_slowly(texts)
         try:
-            return [self._encoder.encode(text) for text in texts]
+            self._prove(texts)
+            return [self._encoder.encode(text) for text in texts] if self._encoder else self.encode_slowly(texts)
         except (TypeError, UnicodeEncodeError):  # what gigatoken says of a string that has no UTF-8
             raise _half_a_pair() from None
+
+    def _prove(self, texts: Sequence[str]) -> None:
+        self._unproved += sum(map(len, texts))
+        if self._unproved >= _PROVE_EVERY:
+            self._unproved = 0
+            if not self.agrees([text[:_PROVE_CHARS] for text in texts[:: len(texts) // _PROVE_TEXTS + 1]]):
+                self._encoder = None
 
     @property
     def is_fast(self) -> bool:
@@ -139,6 +153,18 @@ class Tokenizer:
         other = copy.copy(self)
         other._encoder = None
         return other
+
+    def unproved(self) -> Tokenizer:
+        """Return the same tokenizer, whose fast encoder is held against the slow one at the next texts."""
+        other = copy.copy(self)
+        other._unproved = _PROVE_EVERY
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all that `save` writes: vocabulary, rules, special tokens and chat template."""
+        written = sorted(self._written().items())
+        return hashlib.sha256(b"".join(f"{name} {len(data)} ".encode() + data for name, data in written)).hexdigest()
 
     def agrees(self, texts: Sequence[str]) -> bool:
         """Whether the fast encoder gives the ids that count for these texts."""
@@ -176,6 +202,14 @@ class Tokenizer:
         `PreTrainedTokenizerFast` is the class that takes tokenizer.json as it stands, in transformers 4 and 5
         alike; `LlamaTokenizer` would rebuild it by rules of its own.
         """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for name, data in self._written().items():
+                (Path(folder) / name).write_bytes(data)
+        except OSError as error:
+            raise DataError(f"the tokenizer cannot be written to {folder}: {error.strerror}.") from None
+
+    def _written(self) -> dict[str, bytes]:
         tokens = {f"{role}_token": self._roles[role] for role in _ROLES if self._roles[role] is not None}
         config = {
             **self._config,
@@ -183,17 +217,11 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        written = {
+        return {
             **self._files,
             "tokenizer_config.json": _json_bytes(config),
             "special_tokens_map.json": _json_bytes(tokens),
         }
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for name, data in written.items():
-                (Path(folder) / name).write_bytes(data)
-        except OSError as error:
-            raise DataError(f"the tokenizer cannot be written to {folder}: {error.strerror}.") from None
 
     def _segments(self, text: str) -> Iterator[str]:
         """Cut a long text before newlines, so that one document uses every core and bounded memory."""

@@ -118,6 +118,7 @@ def _on_ray(task: Task[Result], tasks: Numbered, address: str) -> Iterator[tuple
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("--ray needs the package ray: pip install 'ostro[ray]'.") from None
+    was_there = ray.is_initialized()
     try:
         _reach(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
@@ -127,7 +128,8 @@ def _on_ray(task: Task[Result], tasks: Numbered, address: str) -> Iterator[tuple
     try:
         yield from _ray_results(ray, task, tasks)
     finally:
-        ray.shutdown()
+        if not was_there:
+            ray.shutdown()
 
 
 def _reach(address: str) -> None:

@@ -192,7 +192,7 @@ def test_previews_are_what_is_learned(tmp_path: Path, v3: Tokenizer):
     talks = lines(tmp_path / "b.jsonl", talk("a", "b"), talk("c", "d"))
     shown = list(preview([texts, talks], v3, SETTINGS, 3, max_chars=9))
     assert [one.where for one in shown] == [f"{texts} line 1", f"{texts} line 2", f"{talks} line 1"]
-    assert shown[0].pieces == [("<s>", True), ("one", True), ("</s>", True)]
+    assert shown[0].pieces == [("<s>", False), ("one", True), ("</s>", True)]
     assert shown[1].pieces[1] == ("x" * 9, True)
     assert "".join(text for text, trained in shown[2].pieces if trained) == "b</s>"
     assert ("a" in "".join(text for text, trained in shown[2].pieces if not trained)) is True

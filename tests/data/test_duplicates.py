@@ -27,13 +27,19 @@ def v1() -> Tokenizer:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 12), max_size=30), max_size=5), st.sampled_from([2, 7, 1 << 22]))
-def test_all_but_the_first_of_equals(values: list[list[int]], part_rows: int):
+@given(
+    values=st.lists(st.lists(st.integers(0, 12), max_size=30), max_size=5), part_rows=st.sampled_from([2, 7, 1 << 22])
+)
+def test_all_but_the_first_of_equals(values: list[list[int]], part_rows: int, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("digests")
     arrays = [np.stack([digest(Text(str(value), "")) for value in some] or [np.zeros(2, np.uint64)]) for some in values]
     arrays = [array[: len(some)] for array, some in zip(arrays, values, strict=True)]
+    files = [folder / f"{at}.npy" for at in range(len(arrays))]
+    for file, rows in zip(files, arrays, strict=True):
+        np.save(file, rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "_PART_ROWS", part_rows)
-        found = [(array, place) for array, places in repeated(arrays) for place in places.tolist()]
+        found = [(array, place) for array, places in repeated(files) for place in places.tolist()]
     seen: set[int] = set()
     expected = []
     for array, some in enumerate(values):
@@ -59,6 +65,9 @@ def test_what_counts_is_what_is_said():
         Tokens(ids, ""),
         Tokens(ids, "", np.array([True, False, True])),
         Tokens(ids + 1, ""),
+        Tokens(np.arange(8), "", np.zeros(8, bool)),
+        Tokens(np.append(np.arange(8), 0), ""),
+        Text("chat{}", ""),
         Text("\ud800", ""),
     ]
     assert len({digest(record).tobytes() for record in different}) == len(different)

@@ -14,6 +14,7 @@ import pytest
 
 from ostro.data import fast, sources, tasks
 from ostro.data import prepare as room
+from ostro.data import tokenizer as words
 from ostro.data.fast import FastEncoder, fast_encoder
 from ostro.data.prepare import Hands, prepare
 from ostro.data.records import Chat, Record, Text
@@ -173,7 +174,8 @@ def test_a_task_of_which_any_sample_differs_is_done_again(tmp_path: Path, monkey
     """The difference is seen in the last batch: no token of the batches before is the fast encoder's either."""
     monkeypatch.setattr(fast, "_build", Wrong)
     monkeypatch.setattr(tasks, "_BATCH_RECORDS", 2)
-    monkeypatch.setattr(tasks, "_PROVED_CHARS", 8)
+    monkeypatch.setattr(words, "_PROVE_CHARS", 8)
+    monkeypatch.setattr(words, "_PROVE_EVERY", 1)
     tokenizer = load("v1").slow()
     assert tokenizer.hurry()
     texts = ["first the wind, then q", "two", "three", "a quick one"]  # the first q lies behind the sample
@@ -209,3 +211,18 @@ def test_the_blob_has_no_specials(quick: Tokenizer):
     assert json.loads(encoder._blob)["added_tokens"] == []
     for word in ("<s>", "</s>", "[INST]", "<unk>"):
         assert not {quick.bos_token_id, quick.eos_token_id, quick.unk_token_id} & set(encoder.encode(word).tolist())
+
+
+def test_memory_is_bounded_by_what_is_seen(quick: Tokenizer):
+    """Random characters, each word seen once, fill the caches ten times as fast as prose."""
+    if not fast._own_bytes():
+        pytest.skip("this system does not tell the memory of a process")
+    draw = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    encoder = fast_encoder(quick)
+    assert encoder is not None
+    before, most = fast._own_bytes(), 0
+    for _ in range(40):
+        encoder.encode(" ".join("".join(draw.choices(letters, k=9)) for _ in range(60_000)))
+        most = max(most, fast._own_bytes() - before)
+    assert 100 << 20 < most < 380 << 20

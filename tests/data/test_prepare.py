@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparations import (
+    TALKS,
+    TEXTS,
+    contents,
+    left_behind,
+    load,
+    own_template,
+    stamps,
+    write_talks,
+)
 
 from ostro.data import chat, sources, tasks
 from ostro.data import prepare as room
@@ -30,70 +38,9 @@ from ostro.data.prepare import Hands, prepare, prepared
 from ostro.data.records import Chat, Unit
 from ostro.data.shards import FORMAT, Manifest, is_prepared, open_shards
 from ostro.data.tasks import Settings, Tokenize, Words
-from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.data.tokenizer import Tokenizer
 from ostro.data.workers import Crew
 from ostro.errors import DataError, OutOfMemory
-
-TEXTS = ["The wind rose.", "Grüße, 😀!\n\n  two\n", "three " * 50]
-TALKS = [
-    [("user", "How are you?"), ("assistant", "Well, thanks."), ("user", "And now?"), ("assistant", "Still well.")],
-    [("system", "Be brief."), ("user", "</s> is text"), ("assistant", "So it is: </s>.")],
-    [("user", "ünï"), ("assistant", "cödé")],
-]
-WORDS = ["wind", "▁", "  ", "rose\n", "字典", "</s>", "naïve", "1.5e-3", "\t"]
-
-load = functools.cache(load_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def v1() -> Tokenizer:
-    return load("v1")
-
-
-def write_texts(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    return path
-
-
-def write_talks(path: Path) -> Path:
-    """Write TALKS, the first answer of which is not learned."""
-    records = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in TALKS]
-    records[0]["messages"][1]["weight"] = 0  # type: ignore[assignment]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    return path
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    return write_texts(tmp_path / "corpus.jsonl", [*TEXTS, " "])
-
-
-@pytest.fixture
-def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Seven small files of texts, conversations and blanks, each a task of its own."""
-    monkeypatch.setattr(room, "TASK_BYTES", 1)
-    folder = tmp_path / "many"
-    folder.mkdir()
-    draw = random.Random(0)
-    for at in range(4):
-        texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) + "." for _ in range(3 + at)]
-        write_texts(folder / f"{at}.jsonl", texts)
-    write_talks(folder / "2-talks.jsonl")
-    (folder / "1-blank.txt").write_text(" \n")
-    (folder / "9.txt").write_text("The end, " * 40)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def left_behind(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "partial" in path.name)
-
-
-def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("t*-*.npy")}
 
 
 def test_documents_become_bos_ids_eos(tmp_path: Path, corpus: Path, v1: Tokenizer):
@@ -225,8 +172,11 @@ def test_what_was_killed_is_gone_on_with(tmp_path: Path, many: Path, v1: Tokeniz
     command = [sys.executable, "-c", KILLED.format(name=name), str(many), str(out), str(calls)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     if name == "_clear_up":  # whole, with more in it than need be
-        assert contents(tmp_path / "one").items() <= contents(out).items()
+        assert contents(tmp_path / "one").items() < contents(out).items()
         assert open_shards(out).num_tokens
+        prepare([many], out, tokenizer=v1, hands=Hands(1))
+        assert contents(out) == contents(tmp_path / "one")
+        assert not [path for path in out.iterdir() if path.is_dir()]
         return
     assert not is_prepared(out)
     finished = stamps(partial)
@@ -285,16 +235,6 @@ def test_another_plan_is_not_gone_on_with(tmp_path: Path, many: Path, v1: Tokeni
     assert contents(tmp_path / ".data.partial") == before
     shutil.rmtree(tmp_path / ".data.partial")
     assert prepare([many], tmp_path / "data", tokenizer=v1, hands=Hands(1))
-
-
-def own_template(folder: Path, answer: str, v1: Tokenizer) -> Tokenizer:
-    """Return v1 with a chat template of its own, which writes `answer` after what the assistant says."""
-    v1.save(folder)
-    after = "{% if m.role == 'assistant' %}" + answer + "{% endif %}"
-    (folder / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}{{ m.content }}" + after + "{% endfor %}"
-    )
-    return load_tokenizer(folder)
 
 
 def test_another_template_of_the_tokenizers_own_is_another_plan(tmp_path: Path, v1: Tokenizer):
@@ -376,14 +316,14 @@ def test_a_large_vocabulary_takes_wider_tokens(tmp_path: Path, corpus: Path, mon
     class Large:
         """The real tokenizer with every id moved up, as one of 128,000 pieces would have them."""
 
-        name, sha256, vocab_size, spec, is_fast = "large", "0", 128_000, b"", False
+        name, sha256, fingerprint, vocab_size, spec, is_fast = "large", "0", "0", 128_000, b"", False
         bos_token_id, eos_token_id, unk_token_id = 100_001, 100_002, None
 
         def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
             return [ids + 90_000 for ids in load("v1").encode_arrays(texts)]
 
-        def save(self, folder: Path) -> None:
-            folder.mkdir()
+        def unproved(self) -> object:
+            return self
 
     large: Tokenizer = Large()  # type: ignore[assignment]
     monkeypatch.setattr(Words, "keep", lambda *_: None)
@@ -436,7 +376,7 @@ def test_an_error_is_the_same_from_a_worker(tmp_path: Path, many: Path, v1: Toke
         with pytest.raises(DataError, match=r'3\.jsonl line 2: "text" must be a string, and is int') as caught:
             prepare([many], tmp_path / f"data{workers}", tokenizer=v1, hands=Hands(workers))
         messages.add(str(caught.value))
-        assert [path.name for path in tmp_path.iterdir()] == ["many"]
+        assert not (tmp_path / f"data{workers}").exists()
     assert len(messages) == 1
 
 

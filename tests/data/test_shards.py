@@ -7,6 +7,8 @@ import functools
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +191,31 @@ def test_a_mask_that_nobody_names_is_none(data: Path):
 def test_manifests_are_plain_json(data: Path):
     manifest = json.loads((data / "manifest.json").read_text("utf-8"))
     assert manifest == dataclasses.asdict(open_shards(data).manifest)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path):
+    """1,024 is the usual limit, and a mapped file counts as open."""
+    resource = pytest.importorskip("resource")
+    text = tmp_path / "a.jsonl"
+    text.write_text("".join(json.dumps({"text": f"text {at}"}) + "\n" for at in range(60)))
+    code = """
+import resource, sys
+from ostro.data import prepare as room, sources
+from ostro.data.shards import open_shards
+from ostro.data.tasks import Settings
+from ostro.data.tokenizer import load_tokenizer
+sources._LEAST_BYTES = 1
+sources._FEWEST = 1 << 30
+tokenizer = load_tokenizer()
+from ostro.data import shards
+shards._FEW_FILES = 40
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+room.prepare([sys.argv[1]], sys.argv[2], tokenizer=tokenizer, settings=Settings(dedup=True), hands=room.Hands(1))
+print(len(open_shards(sys.argv[2]).manifest.files))
+"""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 400:
+        pytest.skip("this system's hard limit is lower still")
+    run = subprocess.run(
+        [sys.executable, "-c", code, text, tmp_path / "data"], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (0, "60\n"), run.stderr
