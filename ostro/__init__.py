@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ostro.config import Config, load_config
     from ostro.data.loader import Loader
-    from ostro.data.shards import open_shards, prepare
+    from ostro.data.prepare import prepare
+    from ostro.data.shards import open_shards
     from ostro.data.tokenizer import Tokenizer, load_tokenizer
     from ostro.errors import Error
     from ostro.model.mixtral import Mixtral
@@ -60,7 +61,7 @@ _HOMES = {
     "load_tokenizer": "ostro.data.tokenizer",
     "open_reader": "ostro.weights",
     "open_shards": "ostro.data.shards",
-    "prepare": "ostro.data.shards",
+    "prepare": "ostro.data.prepare",
 }
 
 

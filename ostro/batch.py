@@ -54,3 +54,13 @@ def batch_of(
             device=device,
         ),
     )
+
+
+def why_none(rows: Sequence[Row]) -> str:
+    """Say why no label of these rows is learned, and what helps."""
+    if not any(row.labels_L.any() for row in rows):
+        return "its documents are single tokens, so look at the data"
+    return (
+        "all of it is masked (what the assistant does not say, or what follows data.pad_token_id), so raise "
+        "train.global_batch_sequences or data.seq_length, or leave out long documents with data.overlong=drop"
+    )

@@ -6,6 +6,7 @@ Errors of ours are printed as one sentence and end with their exit code (errors.
 from __future__ import annotations
 
 import errno
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,23 +80,56 @@ def recipes_cp(name: str, file: Path) -> None:
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders, or quoted globs.")],
-    out: Annotated[Path, typer.Option(help="The folder of token shards to write.")],
-    kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, or quoted globs, of any kind.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="The folder of token shards to write, or the file.")] = None,
+    kind: Annotated[str, typer.Option(help="auto, text, wikitext, jsonl, alpaca, sharegpt, messages …")] = "auto",
+    documents: Annotated[str, typer.Option(help="A document of a text file: file, line or blank.")] = "file",
+    template: Annotated[str, typer.Option(help="auto, mistral-v1, mistral-v3, vicuna or tokenizer.")] = "auto",
     tokenizer: TokenizerOption = "v1",
+    style: Annotated[str, typer.Option(help="native, or mindformers: the seed's records exactly.")] = "native",
+    to: Annotated[str, typer.Option(help="native, mindrecord or megatron.")] = "native",
+    seq_length: Annotated[int | None, typer.Option(help="What --check counts by; a MindRecord's length.")] = None,
+    repeat: Annotated[int, typer.Option(help="mindformers: the text this many times.")] = 1,
+    partitions: Annotated[int, typer.Option(help="mindformers: into this many files.")] = 1,
+    check: Annotated[bool, typer.Option("--check", help="Read everything, name each bad record; exit 3.")] = False,
+    fix: Annotated[Path | None, typer.Option(help="Write the good records here, as JSON Lines.")] = None,
+    preview: Annotated[int, typer.Option(help="Show this many records; what is learned is green.")] = 0,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out records that equal an earlier one.")] = False,
+    conversations: Annotated[Path | None, typer.Option(help="mindformers: write alpaca_converter's JSON here.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="--check: how fast you train, for the time.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one a core unless given.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: only this share, for a cluster's scheduler.")] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address (auto, host:port, local): it works.")] = None,
 ) -> None:
-    """Turn text into token shards."""
-    import time
+    """Turn texts and conversations into token shards, or check them."""
+    from ostro.preparation import Request
+    from ostro.preparation import prepare as run_prepare
 
-    from ostro.data import shards
-    from ostro.data.tokenizer import load_tokenizer
-
-    start = time.perf_counter()
-    manifest = shards.prepare(sources, out, tokenizer=load_tokenizer(tokenizer or "v1"), kind=kind)
-    seconds = time.perf_counter() - start
-    typer.echo(
-        f"{out}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens of {manifest.num_bytes:,} bytes, "
-        f"{manifest.num_tokens / seconds:,.0f} tokens/s"
+    run_prepare(
+        Request(
+            sources=sources,
+            out=out,
+            kind=kind,
+            documents=documents,
+            template=template,
+            tokenizer=tokenizer or "v1",
+            style=style,
+            to=to,
+            seq_length=seq_length,
+            repeat=repeat,
+            partitions=partitions,
+            check=check,
+            fix=fix,
+            preview=preview,
+            workers=workers,
+            share=shard,
+            dedup=dedup,
+            conversations=conversations,
+            tokens_per_second=tokens_per_second,
+            ray=ray,
+        ),
+        typer.echo,
     )
 
 
@@ -144,6 +178,8 @@ def evaluate(
     import tempfile
 
     from ostro.data import shards
+    from ostro.data.prepare import prepare as run_prepare
+    from ostro.data.tasks import Settings
     from ostro.errors import ConfigError
     from ostro.evaluate import evaluate as run_evaluate
     from ostro.serve.engine import load_model, tokenizer_of
@@ -155,7 +191,7 @@ def evaluate(
         raw = [path for path in data if not shards.is_prepared(path)]
         folders = [Path(path) for path in data if shards.is_prepared(path)]
         if raw:
-            shards.prepare(raw, Path(folder) / "data", tokenizer=words, kind=kind)
+            run_prepare(raw, Path(folder) / "data", tokenizer=words, settings=Settings(kind))
             folders.append(Path(folder) / "data")
         opened = [shards.open_shards(path) for path in folders]
         for path, one in zip(folders, opened, strict=True):
@@ -165,8 +201,9 @@ def evaluate(
                 f"--seq-length {seq_length} is more than the model's {loaded.config.max_position_embeddings} positions."
             )
         result = run_evaluate(loaded, opened, seq_length)
+    bits = "" if math.isnan(result.bits_per_byte) else f"bits/byte {result.bits_per_byte:.4f}  "
     typer.echo(
-        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}  "
+        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {bits}"
         f"({result.num_tokens:,} tokens, {result.num_bytes:,} bytes, {result.seconds:.1f} s)"
     )
     for layer, loads in enumerate(result.expert_load):

@@ -41,15 +41,27 @@ class Weights(Section):
 
 
 class Data(Section):
-    """What is trained on: prepared token shards, or raw text that is prepared first and cached."""
+    """What is trained on: prepared token shards, or raw data that is prepared first and cached.
+
+    `path@0.3` gives a source a share of the tokens (or, `weights_by: epochs`, so many times an epoch); then each has
+    one; all sources have such a share, or none has. `packing` auto is `bestfit` where only some tokens are learned, as
+    in conversations, `records` for MindRecord's, else `concat`; `records` trains MindFormers' records as it does.
+    `overlong` says what becomes of a document that is longer than a row (of `concat` none is). `pad_token_id` is the
+    id after which nothing is learned (−1: none).
+    """
 
     path: tuple[str, ...] = ()
     kind: str = "auto"
+    documents: Literal["file", "line", "blank"] = "file"
+    template: str = "auto"
+    dedup: bool = False
     seq_length: int = Field(default=4096, ge=2)
-    packing: Literal["concat"] = "concat"
+    packing: Literal["auto", "concat", "bestfit", "none", "records"] = "auto"
+    overlong: Literal["split", "drop", "truncate", "error"] = "split"
+    weights_by: Literal["tokens", "epochs"] = "tokens"
     tokenizer: str = "v1"
     eval_path: tuple[str, ...] = ()
-    pad_token_id: Literal[-1] = -1
+    pad_token_id: int = Field(default=-1, ge=-1)
     shuffle: bool = True
 
     @field_validator("path", "eval_path", mode="before")
@@ -223,7 +235,6 @@ class Config(Section):
 # What a key can become in a later version; asking for it now is answered with what is true now.
 _NOT_YET = {
     "weights.upcycle": "upcycling a dense model is not there yet",
-    "data.pad_token_id": "padded records are not there yet",
     "train.recompute": "recomputing activations is not there yet",
     "train.compile": "torch.compile is not applied yet",
     "train.dtype": "this version computes in bf16 or fp32",
@@ -232,7 +243,6 @@ _NOT_YET = {
     "parallel.schedule": "there is no pipeline yet",
     "parallel": "this version trains in one process, so every degree is 1",
     "checkpoint.async": "this version writes checkpoints synchronously",
-    "data.packing": "this version packs by concatenation",
 }
 
 

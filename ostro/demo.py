@@ -28,7 +28,9 @@ from rich.text import Text
 from ostro import device, log, report, weights
 from ostro.config import load_config
 from ostro.data import shards as token_shards
+from ostro.data.prepare import prepare
 from ostro.data.shards import Shards
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
 from ostro.evaluate import Evaluation, evaluate
@@ -178,7 +180,7 @@ def _prepare(folder: Path, tokenizer: Tokenizer) -> Corpus:
     if not train or not held_out:
         raise DataError("this Python has no standard library source to learn from: run the demo with another one.")
     for paths, name in ((train, "train"), (held_out, "held_out")):
-        token_shards.prepare(paths, folder / "data" / name, tokenizer=tokenizer, kind="text")
+        prepare(paths, folder / "data" / name, tokenizer=tokenizer, settings=Settings("text"))
     opened = [token_shards.open_shards(folder / "data" / name) for name in ("train", "held_out")]
     rich.print(
         f"{len(train)} files, {opened[0].num_tokens:,} tokens for training; {len(held_out)} files, "

@@ -6,13 +6,15 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from ostro.batch import batch_of
-from ostro.data.loader import Loader
+from ostro.data.loader import Loader, packing_of
+from ostro.data.packing import Packing
 from ostro.data.shards import Shards
-from ostro.errors import TrainError
+from ostro.errors import DataError, TrainError
 from ostro.model import routing
 from ostro.model.mixtral import Mixtral
 
@@ -22,7 +24,10 @@ _BATCH_TOKENS = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss in nats per scored token; bits_per_byte over the UTF-8 bytes of the text; expert_load: a list a layer."""
+    """loss in nats per scored token; bits_per_byte over the UTF-8 bytes of the text; expert_load: a list a layer.
+
+    bits_per_byte is NaN where only some tokens are scored, or where the data was tokens from the start.
+    """
 
     loss: float
     perplexity: float
@@ -32,16 +37,35 @@ class Evaluation:
     expert_load: list[list[float]]
     seconds: float
 
+    def metrics(self) -> dict[str, float]:
+        """Return what a row of metrics.jsonl says of it."""
+        bits = self.bits_per_byte
+        return {"eval_loss": self.loss} | ({} if math.isnan(bits) else {"eval_bits_per_byte": bits})
+
 
 @torch.no_grad()
-def evaluate(model: Mixtral, shards: Sequence[Shards], seq_length: int) -> Evaluation:
-    """Score every token of the shards exactly once, each document's first excepted.
+def evaluate(
+    model: Mixtral,
+    shards: Sequence[Shards],
+    seq_length: int,
+    packing: Packing | Literal["auto"] = "auto",
+    pad_token_id: int = -1,
+) -> Evaluation:
+    """Score every token of the shards that is learned exactly once, each document's first excepted.
 
     Rows of `seq_length` tokens are scored independently, so a token sees at most the tokens before it in its row.
-    No choice is dropped, whatever the capacity in training.
+    They are packed as for training (`packing_of`), but whatever is too long is split; no choice of an expert is dropped,
+    whatever the capacity in training. Raises DataError where no token is learned.
     """
     start = time.monotonic()
-    loader = Loader(shards, seq_length=seq_length, shuffle=False, drop_last=False)
+    loader = Loader(
+        shards,
+        seq_length=seq_length,
+        shuffle=False,
+        drop_last=False,
+        packing=packing_of(shards, packing),
+        pad_token_id=pad_token_id,
+    )
     config, device = model.config, model.head_weight.device
     stats_LS = torch.zeros(
         config.num_hidden_layers,
@@ -61,12 +85,16 @@ def evaluate(model: Mixtral, shards: Sequence[Shards], seq_length: int) -> Evalu
     model.train(was_training)
     if not math.isfinite(total):
         raise TrainError("the loss of the evaluation is not finite: the weights are damaged or have diverged.")
+    if not weight:
+        raise DataError(f"{shards[0].path}: no token of it is learned, so there is nothing to score: name other data.")
     num_bytes = sum(shard.manifest.num_bytes for shard in shards)
-    loss = total / max(weight, 1.0)
+    kinds = {source.get("kind") for part in shards for source in part.manifest.sources}
+    is_text = not kinds & {"mindrecord", "megatron"} and pad_token_id < 0 and packing_of(shards) == "concat"
+    loss = total / weight
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=total / math.log(2) / max(num_bytes, 1),
+        bits_per_byte=total / math.log(2) / num_bytes if is_text else math.nan,
         num_tokens=int(weight),
         num_bytes=num_bytes,
         expert_load=expert_load(stats_LS, config.num_local_experts),

@@ -130,7 +130,7 @@ class Progress:
             f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
             + (f"held out {row['eval_loss']:.4f}  " if "eval_loss" in row else "")
             + _routing(row)
-            + f"{row['tokens_per_second']:,.0f} tokens/s  {row['mfu']:.0%} of the machine's rate  {_clock(left)} left"
+            + f"{row['tokens_per_second']:,.0f} tokens/s  {row['mfu']:.0%} of the machine's rate  {duration(left)} left"
         )
         if self.is_terminal:
             end = "\n" if step == self.total_steps else ""
@@ -170,7 +170,7 @@ class ByteProgress:
         rate = num_bytes / max(now - self._start, 1e-9)
         text = f"{size(num_bytes)} {self._verb}  {size(rate)}/s"
         if self._total is not None and rate:
-            left = _clock(max(0, self._total - num_bytes) / rate)
+            left = duration(max(0, self._total - num_bytes) / rate)
             text = f"{size(num_bytes)} of {size(self._total)} {self._verb}  {size(rate)}/s  {left} left"
         self._shown = now + (0.2 if self._is_terminal else _PLAIN_SECONDS)
         self._is_open = self._is_terminal
@@ -183,7 +183,8 @@ class ByteProgress:
         self._is_open = False
 
 
-def _clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as m:ss or h:mm:ss."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -19,11 +18,14 @@ from torch import Tensor
 
 from ostro import device as devices
 from ostro import log
-from ostro.batch import batch_of
+from ostro.batch import batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
-from ostro.data.loader import Loader, Row
+from ostro.data.loader import Loader, Row, packing_of
+from ostro.data.prepare import is_of_template, prepared
 from ostro.data.shards import Shards
+from ostro.data.sources import parse_weight
+from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
@@ -63,6 +65,7 @@ class Run:
     total_steps: int
     data_sha256: str
     step: int = 0
+    num_tokens: int = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -100,14 +103,7 @@ def set_up(config: Config) -> Run:
     devices.set_deterministic(device)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    shards = _open_data(config, config.data.path, tokenizer)
-    loader = Loader(
-        shards,
-        seq_length=config.data.seq_length,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        drop_last=True,
-    )
+    loader, shards = _loader(config, tokenizer)
     eval_shards = _open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
     model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device)).to(device)
     run = Run(
@@ -120,9 +116,7 @@ def set_up(config: Config) -> Run:
         model=model,
         optimizer=build_optimizer(model, config.model, config.optim),
         total_steps=_total_steps(config, loader),
-        data_sha256=hashlib.sha256(
-            json.dumps([[source["sha256"] for source in one.manifest.sources] for one in shards]).encode()
-        ).hexdigest(),
+        data_sha256=token_shards.fingerprint(shards),
     )
     newest = dcp.latest(run.checkpoints)
     if newest is not None and config.checkpoint.resume == "never":
@@ -192,6 +186,33 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
 
 
+def _loader(config: Config, tokenizer: Tokenizer) -> tuple[Loader, list[Shards]]:
+    """Open the training data and deal it out: all of it once an epoch, or each source with its share."""
+    data = config.data
+    named = [parse_weight(path) for path in data.path]
+    weights = [weight for _, weight in named if weight is not None]
+    if weights and len(weights) != len(named):
+        raise ConfigError("data.path gives some sources a share and others none: write path@share for each.")
+    if weights:
+        shards = [part for path, _ in named for part in _open_data(config, (path,), tokenizer)]
+    else:
+        shards = _open_data(config, data.path, tokenizer)
+    loader = Loader(
+        shards,
+        seq_length=data.seq_length,
+        seed=config.train.seed,
+        shuffle=data.shuffle,
+        packing=packing_of(shards, data.packing),
+        overlong=data.overlong,
+        pad_token_id=data.pad_token_id,
+        weights=weights or None,
+        weights_by=data.weights_by,
+    )
+    for note in loader.notes():
+        log.say(note, style="yellow")
+    return loader, shards
+
+
 def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> list[Shards]:
     """Open prepared folders as they are; prepare raw text first, into the cache."""
     folders = [Path(path) for path in paths if token_shards.is_prepared(path)]
@@ -199,20 +220,26 @@ def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> 
     if raw:
         log.say(f"preparing {', '.join(raw)} (cached for the next time)")
         cache = token_shards.cache_dir() / "prepared"
-        folders.append(token_shards.prepared(raw, cache, tokenizer=tokenizer, kind=config.data.kind))
+        settings = Settings(config.data.kind, config.data.documents, config.data.template, config.data.dedup)
+        folders.append(prepared(raw, cache, tokenizer=tokenizer, settings=settings))
     opened = [token_shards.open_shards(folder) for folder in folders]
     for folder, shards in zip(folders, opened, strict=True):
-        check_data(folder, shards, tokenizer, config.model)
+        check_data(folder, shards, tokenizer, config.model, config.data.template)
     return opened
 
 
-def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Refuse tokens that were made with another tokenizer, or that the model cannot hold."""
+def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig, template: str = "auto") -> None:
+    """Refuse tokens made with another tokenizer or another template, or that the model cannot hold."""
     manifest = shards.manifest
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{folder} was prepared with tokenizer {manifest.tokenizer!r}, not {tokenizer.name!r}: "
             "set data.tokenizer to it, or prepare the data again."
+        )
+    if not is_of_template(manifest, template, tokenizer):
+        raise DataError(
+            f"{folder} was prepared with the template {manifest.settings['template']!r}, not {template!r}: set "
+            "data.template to it, or prepare the data again."
         )
     if manifest.vocab_size > model.vocab_size:
         raise DataError(
@@ -262,7 +289,7 @@ def train_step(run: Run) -> StepStats:
     rows = run.loader.rows(run.step, config.train.global_batch_sequences)
     num_labels = float(sum(row.weights_L.sum() for row in rows))
     if num_labels == 0:
-        raise TrainError(f"step {run.step + 1}: no token of this batch has a label: documents are single tokens.")
+        raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {why_none(rows)}.")
     num_tokens = sum(len(row.tokens_L) for row in rows)
     stats_LS = torch.zeros(
         config.model.num_hidden_layers,
@@ -299,6 +326,7 @@ def train_step(run: Run) -> StepStats:
         if bias_E is not None:
             update_bias(bias_E, stats_LS[layer, : len(bias_E)], config.moe.bias_update_rate)
     run.step += 1
+    run.num_tokens += num_tokens
     lengths = [n for row in rows for n in row.document_lengths]
     flops = layout.training_flops(config.model, lengths)
     return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
@@ -335,8 +363,8 @@ def _loop(run: Run) -> Outcome:
                 _write_profile(run, profiler)
                 profiler = None
             if run.eval_shards and config.train.eval_every and run.step % config.train.eval_every == 0:
-                result = evaluate(run.model, run.eval_shards, config.data.seq_length)
-                row |= {"eval_loss": result.loss, "eval_bits_per_byte": result.bits_per_byte}
+                data = config.data
+                row |= evaluate(run.model, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
             metrics.write(row)
             progress.show(row)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
@@ -360,7 +388,7 @@ def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dic
         "z_loss": z,
         "grad_norm": stats.grad_norm,
         "learning_rate": stats.learning_rate,
-        "tokens": run.step * stats.num_tokens,
+        "tokens": run.num_tokens,
         "tokens_per_second": stats.num_tokens / seconds,
         "mfu": stats.flops / seconds / rate,
         "expert_load": expert_load(stats.stats_LS, num_experts),
@@ -401,6 +429,7 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
     """Write a checkpoint of the present step; return it, or `saved` where a full disk cost this checkpoint."""
     state = {
         "step": run.step,
+        "num_tokens": run.num_tokens,
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "data": _data_state(run),
         "model": run.config.model.as_fields(),
@@ -430,6 +459,11 @@ def _data_state(run: Run) -> dict[str, Any]:
         "data.tokenizer (sha256)": run.tokenizer.sha256,
         "data.seq_length": config.data.seq_length,
         "data.path (sha256)": run.data_sha256,
+        "data.path (shares)": [parse_weight(path)[1] for path in config.data.path],
+        "data.weights_by": config.data.weights_by,
+        "data.packing": config.data.packing,
+        "data.overlong": config.data.overlong,
+        "data.pad_token_id": config.data.pad_token_id,
         "data.shuffle": config.data.shuffle,
         "train.seed": config.train.seed,
         "train.global_batch_sequences": config.train.global_batch_sequences,
@@ -459,7 +493,7 @@ def _resume(run: Run, folder: Path) -> None:
                 )
     dcp.load(folder, state_tensors(run.model, run.optimizer))
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-    run.step = state["step"]
+    run.step, run.num_tokens = state["step"], state["num_tokens"]
     done = run.step >= run.total_steps
     log.say(
         f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do"

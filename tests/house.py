@@ -21,7 +21,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("doctor", "plan", "conversion"),
+    ("doctor", "plan", "conversion", "preparation"),
     ("train",),
     ("evaluate", "report", "verify", "inspection"),
     ("serve",),

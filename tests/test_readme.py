@@ -190,11 +190,12 @@ def test_commands_run(tmp_path: Path):
         assert run.returncode == 0, f"README.md line {block.line}:\n{block.text}\nexit {run.returncode}:\n{told}"
 
 
-def test_commands_that_need_more_are_understood():
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md", "docs/weights.md"])
+def test_commands_that_need_more_are_understood(name: str):
     from ostro.cli import app
 
     targets = make_targets((ROOT / "Makefile").read_text("utf-8"))
-    blocks = [block for block in blocks_of("README.md") if block.needs]
+    blocks = [block for block in blocks_of(name) if block.needs]
     assert blocks
     faults = []
     for block in blocks:
@@ -202,7 +203,7 @@ def test_commands_that_need_more_are_understood():
             found = line_faults(app, targets, line)
             asked = [ostro_arguments(words) for words in simple_commands(line)]
             found += [fault for arguments in asked if arguments and (fault := override_fault(arguments))]
-            faults += [f"README.md block at line {block.line}: {fault}" for fault in found]
+            faults += [f"{name} block at line {block.line}: {fault}" for fault in found]
     assert not faults, "\n".join(faults)
 
 

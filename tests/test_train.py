@@ -15,7 +15,7 @@ import torch
 
 from ostro import weights
 from ostro.config import Config, load_config
-from ostro.data.shards import prepare
+from ostro.data.prepare import prepare
 from ostro.data.tokenizer import load_tokenizer
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.log import read_metrics

@@ -1,45 +1,47 @@
-"""Token shards on disk: `.npy` files one can map into memory, and a JSON manifest that says what they are."""
+"""Token shards on disk: `.npy` files one can map into memory, and a JSON manifest that says what they are.
+
+A folder holds tokens-NNNNN.npy, one stream cut anywhere; trained-NNNNN.npy beside those of which only some tokens are
+learned (bool, one a token); documents.npy, int64 [num_documents, 2]: where each document ends in the stream, and the
+bytes of its text.
+"""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ostro.data.sources import Document, expand, read_documents
-from ostro.data.tokenizer import Tokenizer
-from ostro.errors import DataError, Error, OutOfMemory
+from ostro.errors import DataError
 
-FORMAT = "ostro-tokens-1"
-SHARD_TOKENS = 2**28
-_BATCH_CHARS, _BATCH_DOCUMENTS = 1 << 22, 4096
+FORMAT = "ostro-tokens-2"
 _MANIFEST = "manifest.json"
-
-Report = Callable[[int, int], None]
+_FEW_FILES = 1024  # that everything else may have open
+_FILE = {"name", "num_tokens", "num_trained"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a folder of token shards holds; `files` and `sources` are lists of dicts, as in manifest.json.
 
-    `files`: name, num_tokens. `sources`: path, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes of all
-    texts.
+    `files`: name, num_tokens, num_trained. `sources`: path, kind, num_bytes, sha256. `num_bytes` counts the UTF-8 bytes
+    of all texts, `num_trained` the tokens that are learned, `num_unlearned` the documents of which none is,
+    `num_repeats` the records that were left out because they equal an earlier one. `key` is a hash of all that decided
+    what came out, the sources' times of change included. `encoder` made the ids (all of them are those of the package
+    tokenizers), `settings` are the rest of what decided them.
     """
 
     format: str
+    key: str
     tokenizer: str
     tokenizer_sha256: str
     vocab_size: int
@@ -50,6 +52,11 @@ class Manifest:
     num_tokens: int
     num_documents: int
     num_bytes: int
+    num_trained: int
+    num_unlearned: int
+    num_repeats: int
+    encoder: str
+    settings: dict[str, Any]
     files: list[dict[str, Any]]
     sources: list[dict[str, Any]]
 
@@ -57,13 +64,25 @@ class Manifest:
 class Shards:
     """Prepared data, mapped into memory: one stream of tokens, and where its documents end."""
 
-    def __init__(self, path: Path, manifest: Manifest, files: Sequence[np.ndarray], documents: np.ndarray):
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        files: Sequence[np.ndarray],
+        documents: np.ndarray,
+        trained: Sequence[np.ndarray | None] = (),
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.num_tokens = manifest.num_tokens
         self._files = [file.view(np.ndarray) for file in files]  # slices of a memmap proper cost ten times more
         self._starts = [0, *itertools.accumulate(len(file) for file in files)]
         self._ends = documents.view(np.ndarray)[:, 0]
+        has_masks = any(mask is not None for mask in trained)
+        whole = [np.broadcast_to(True, len(file)) for file in files] if has_masks else []
+        self._trained = [
+            every if mask is None else mask.view(np.ndarray) for mask, every in zip(trained, whole, strict=False)
+        ]
 
     @property
     def document_ends(self) -> np.ndarray:
@@ -72,44 +91,21 @@ class Shards:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of the stream in their own dtype; a view where they lie in one file."""
+        return self._slice(self._files, start, stop)
+
+    def trained(self, start: int, stop: int) -> np.ndarray | None:
+        """Return which of tokens [start, stop) are learned, as bool; None where all of the data is."""
+        return self._slice(self._trained, start, stop) if self._trained else None
+
+    def _slice(self, files: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        at = min(bisect.bisect_right(self._starts, start), len(self._files)) - 1
+        at = min(bisect.bisect_right(self._starts, start), len(files)) - 1
         parts = []
         while start < stop or not parts:
             base, end = self._starts[at], min(stop, self._starts[at + 1])
-            parts.append(self._files[at][start - base : end - base])
+            parts.append(files[at][start - base : end - base])
             start, at = end, at + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def prepare(
-    paths: Iterable[str | Path],
-    out: str | Path,
-    *,
-    tokenizer: Tokenizer,
-    kind: str = "auto",
-    report: Report | None = None,
-) -> Manifest:
-    """Turn documents into token shards in the new folder `out`; each document becomes BOS, its ids, EOS.
-
-    Memory is bounded by the longest document. `report` is called with the tokens and text bytes done so far.
-    The folder is written beside `out` and renamed, so it is whole or not there. Raises DataError for sources
-    that cannot be used, nothing to prepare, or an `out` that is taken; OutOfMemory where the disk is full.
-    """
-    out = Path(out)
-    files = expand(paths)
-    _refuse_taken(out)
-    with _disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        try:
-            manifest = _write(files, folder, tokenizer, kind, report)
-            _make_readable(folder)
-            os.replace(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    return manifest
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -127,51 +123,21 @@ def cache_dir() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "ostro"
 
 
-def prepared(
-    paths: Sequence[str | Path],
-    cache: str | Path,
-    *,
-    tokenizer: Tokenizer,
-    kind: str = "auto",
-    report: Report | None = None,
-) -> Path:
-    """Return a folder of token shards for `paths`, prepared at most once for the same files and tokenizer.
-
-    A single path that is prepared already is returned as it is. Files count as the same by path, size and
-    time of change.
-    """
-    if len(paths) == 1 and is_prepared(paths[0]):
-        return Path(paths[0])
-    for path in paths:
-        if is_prepared(path):
-            raise DataError(f"{path} is prepared already and cannot be mixed with raw files: name it alone.")
-    with _disk_errors(Path(cache)):
-        stats = [(str(path.resolve()), path.stat()) for path in expand(paths)]
-    seen = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    key = hashlib.sha256(json.dumps([FORMAT, tokenizer.sha256, specials, kind, seen]).encode()).hexdigest()
-    folder = Path(cache) / key[:16]
-    if not is_prepared(folder):
-        try:
-            prepare(paths, folder, tokenizer=tokenizer, kind=kind, report=report)
-        except DataError:
-            if not is_prepared(folder):  # another process may have been faster
-                raise
-    return folder
-
-
 def open_shards(path: str | Path) -> Shards:
     """Map the token shards in `path`.
 
     Raises DataError where files are missing, cut off or contradict the manifest.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
+    _allow_files(3 * len(manifest.files))
     files = [_mapped(path / str(file["name"])) for file in manifest.files]
     for file, tokens in zip(manifest.files, files, strict=True):
         _agree(path, f"the shape of {file['name']}", [file["num_tokens"]], list(tokens.shape))
         _agree(path, f"the dtype of {file['name']}", manifest.dtype, str(tokens.dtype))
     _agree(path, "num_tokens", manifest.num_tokens, sum(len(tokens) for tokens in files))
+    _agree(path, "num_trained", manifest.num_trained, sum(file["num_trained"] for file in manifest.files))
+    trained = [_mask(path, file) for file in manifest.files]
     documents = _mapped(path / "documents.npy")
     _agree(path, "the shape of documents.npy", [manifest.num_documents, 2], list(documents.shape))
     _agree(path, "the dtype of documents.npy", "int64", str(documents.dtype))
@@ -179,165 +145,38 @@ def open_shards(path: str | Path) -> Shards:
     _agree(path, "the end of the last document", manifest.num_tokens, int(ends[-1]))
     if ends[0] < 1 or not np.all(ends[1:] > ends[:-1]):
         raise DataError(f"{path}/documents.npy is damaged, its ends do not rise: prepare the data again.")
-    return Shards(path, manifest, files, documents)
+    return Shards(path, manifest, files, documents, trained)
 
 
-class _ArrayFile:
-    """Writes an `.npy` file row by row, without knowing its length before the end."""
-
-    def __init__(self, path: Path, dtype: np.dtype, columns: tuple[int, ...] = ()) -> None:
-        self._file = path.open("wb")
-        self._dtype, self._columns = dtype, columns
-        self.num_rows = 0
-        self._write_header()
-
-    def append(self, rows: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
-        self.num_rows += len(rows)
-
-    def close(self) -> None:
-        """Write the true length into the header: numpy leaves room in it for this."""
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-
-    def __enter__(self) -> _ArrayFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            with contextlib.suppress(OSError):  # the disk may be full: the first error tells
-                self._file.close()
-
-    def _write_header(self) -> None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.num_rows, *self._columns),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
+def fingerprint(shards: Sequence[Shards]) -> str:
+    """Name these tokens: by what they were made of, and by how many came out, which other templates change."""
+    made = [
+        [[source["sha256"] for source in one.sources], one.num_documents, one.num_tokens, one.num_trained]
+        for one in (part.manifest for part in shards)
+    ]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
-def _write(files: list[Path], folder: Path, tokenizer: Tokenizer, kind: str, report: Report | None) -> Manifest:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    written: list[dict[str, Any]] = []
-    num_tokens = num_documents = num_bytes = 0
-
-    def rows() -> Iterator[np.ndarray]:
-        nonlocal num_tokens, num_documents, num_bytes
-        with _ArrayFile(folder / "documents.npy", np.dtype(np.int64), (2,)) as ends:
-            for batch in _batches(read_documents(files, kind)):
-                for ids, size in _encoded(batch, tokenizer):
-                    num_tokens += len(ids)
-                    num_bytes += size
-                    ends.append(np.array([[num_tokens, size]]))
-                    yield ids
-                num_documents = ends.num_rows
-                if report:
-                    report(num_tokens, num_bytes)
-
-    _fill(rows(), folder, dtype, written)
-    if not num_documents:
-        names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        raise DataError(f"{names}: there is no text in it, so there is nothing to prepare: name other files.")
-    manifest = Manifest(
-        format=FORMAT,
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        unk_token_id=tokenizer.unk_token_id,
-        dtype=str(dtype),
-        num_tokens=num_tokens,
-        num_documents=num_documents,
-        num_bytes=num_bytes,
-        files=written,
-        sources=[_source(path) for path in files],
-    )
-    (folder / _MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", "utf-8")
-    return manifest
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder."""
+    beside = path / f"{_MANIFEST}.{secrets.token_hex(4)}.writing"  # two shares may end at the same moment
+    beside.write_text(_as_json(vars(manifest)), "utf-8")
+    beside.replace(path / _MANIFEST)
 
 
-def _fill(rows: Iterator[np.ndarray], folder: Path, dtype: np.dtype, written: list[dict[str, Any]]) -> None:
-    """Write rows one after another, into a new file whenever one is full; note each in `written`."""
-    rest: np.ndarray | None = next(rows, None)
-    while rest is not None:
-        name = f"tokens-{len(written):05d}.npy"
-        with _ArrayFile(folder / name, dtype) as file:
-            while rest is not None and file.num_rows < SHARD_TOKENS:
-                room = SHARD_TOKENS - file.num_rows
-                file.append(rest[:room])
-                rest = rest[room:] if len(rest) > room else next(rows, None)
-            written.append({"name": name, "num_tokens": file.num_rows})
+def _as_json(fields: dict[str, Any]) -> str:
+    """Return JSON with a line for each field and each element of a list, which is quick for a million sources."""
+
+    def value(found: Any) -> str:
+        if not isinstance(found, list):
+            return json.dumps(found)
+        return "[\n    " + ",\n    ".join(map(json.dumps, found)) + "\n  ]"
+
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {value(found)}" for name, found in fields.items()) + "\n}\n"
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text)
-        if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(batch: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield BOS, ids, EOS of each document, and the UTF-8 bytes of its text."""
-    bos, eos = (np.array([at], np.uint32) for at in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    for document, ids in zip(batch, tokenizer.encode_arrays([item.text for item in batch]), strict=True):
-        text = document.text
-        yield np.concatenate([bos, ids, eos]), len(text) if text.isascii() else len(text.encode())
-
-
-def _source(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"path": str(path), "num_bytes": file.tell(), "sha256": digest}
-
-
-def _make_readable(folder: Path) -> None:
-    """Give a temporary folder, which is the owner's alone, the rights a new folder has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-
-
-def _refuse_taken(out: Path) -> None:
-    if is_prepared(out):
-        raise DataError(f"{out} already holds prepared data: choose another folder, or remove this one.")
-    with _disk_errors(out):
-        if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
-            raise DataError(f"{out} exists and is not an empty folder: choose a new one for the data.")
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turn what the operating system says of writing to `out` into a sentence."""
-    try:
-        yield
-    except Error:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfMemory(
-                f"the disk is full, and nothing of {out} was kept: make room (4 to 6 bytes for each 10 bytes "
-                "of text) or choose a folder on another disk."
-            ) from None
-        raise DataError(
-            f"{out} cannot be prepared ({error.strerror or error}: {error.filename or out}): change the "
-            "permissions or choose another folder."
-        ) from None
-
-
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of a folder; DataError where it is missing, damaged or of another format."""
     try:
         data = json.loads((path / _MANIFEST).read_bytes())
     except OSError:
@@ -356,16 +195,17 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _is_typed(data: dict[str, Any]) -> bool:
-    counts = ("num_tokens", "num_documents", "num_bytes", "vocab_size", "bos_token_id", "eos_token_id")
+    counts = [field.name for field in dataclasses.fields(Manifest) if field.name.startswith("num_")]
+    counts += ["vocab_size", "bos_token_id", "eos_token_id"]
     files, sources = data["files"], data["sources"]
     return (
         all(type(data[name]) is int and data[name] >= 0 for name in counts)
         and data["num_documents"] > 0
         and isinstance(files, list)
         and len(files) > 0
-        and all(isinstance(file, dict) and {"name", "num_tokens"} <= file.keys() for file in files)
+        and all(isinstance(file, dict) and file.keys() >= _FILE for file in files)
         and isinstance(sources, list)
-        and all(isinstance(data[name], str) for name in ("tokenizer", "tokenizer_sha256", "dtype"))
+        and all(isinstance(data[name], str) for name in ("key", "tokenizer", "tokenizer_sha256", "dtype", "encoder"))
     )
 
 
@@ -374,11 +214,35 @@ def _mapped(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path} is missing, though the manifest names it: prepare the data again.") from None
-    except (OSError, ValueError, EOFError, SyntaxError):
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, EOFError, SyntaxError):
         array = None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is cut off or no .npy file: prepare the data again.")
     return array
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have so many more files open: a mapped one counts as such, and 1,024 are the usual limit."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = count + _FEW_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _mask(path: Path, file: dict[str, Any]) -> np.ndarray | None:
+    if file["num_trained"] == file["num_tokens"]:
+        return None
+    name = str(file["name"]).replace("tokens", "trained")
+    mask = _mapped(path / name)
+    _agree(path, f"the shape of {name}", [file["num_tokens"]], list(mask.shape))
+    _agree(path, f"the dtype of {name}", "bool", str(mask.dtype))
+    return mask
 
 
 def _agree(path: Path, what: str, said: Any, found: Any) -> None:

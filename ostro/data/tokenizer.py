@@ -7,6 +7,7 @@ three characters, never the id of BOS.
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 import re
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer as Bpe
 
+    from ostro.data.fast import FastEncoder
+
 # The vocabularies of Mistral that the package mistral-common ships: 8x7B uses v1, 8x22B uses v3.
 _SHIPPED = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
+_PROVE_EVERY, _PROVE_TEXTS, _PROVE_CHARS = 1 << 22, 6, 1024  # characters between proofs, texts, and of each
 _ROLES = ("bos", "eos", "unk", "pad")
 _USUAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}
 _KEPT = ("add_bos_token", "add_eos_token", "chat_template", "model_max_length", "padding_side")
@@ -91,6 +95,8 @@ class Tokenizer:
         self._bytes, self._errors, self._strip = _byte_table(spec, pieces, specials, name)
         # A long text is cut before newlines; what a cut adds in front (the prefix space) is dropped again.
         self._num_prefix = len(self._encode_group(["\n"])[0]) - 1 if cuts else None
+        self._encoder: FastEncoder | None = None
+        self._unproved = _PROVE_EVERY
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of one text, with BOS before and EOS after it where asked for."""
@@ -104,8 +110,70 @@ class Tokenizer:
         """
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
+    @property
+    def spec(self) -> bytes:
+        """The vocabulary as a tokenizer.json."""
+        return self._files["tokenizer.json"]
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return what `encode_batch` does as uint32 arrays, which take a tenth of the memory."""
+        """Return what `encode_batch` does as uint32 arrays, which take a tenth of the memory.
+
+        Now and then the fast encoder is held against the slow one over the beginnings of some of the texts; once
+        they differ, this tokenizer is not `is_fast` any more.
+        """
+        if self._encoder is None:
+            return self.encode_slowly(texts)
+        try:
+            self._prove(texts)
+            return [self._encoder.encode(text) for text in texts] if self._encoder else self.encode_slowly(texts)
+        except (TypeError, UnicodeEncodeError):  # what gigatoken says of a string that has no UTF-8
+            raise _half_a_pair() from None
+
+    def _prove(self, texts: Sequence[str]) -> None:
+        self._unproved += sum(map(len, texts))
+        if self._unproved >= _PROVE_EVERY:
+            self._unproved = 0
+            if not self.agrees([text[:_PROVE_CHARS] for text in texts[:: len(texts) // _PROVE_TEXTS + 1]]):
+                self._encoder = None
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `hurry` found an encoder."""
+        return self._encoder is not None
+
+    def hurry(self) -> bool:
+        """From now on encode with gigatoken, if it is installed and gives this vocabulary's ids; say whether."""
+        from ostro.data.fast import fast_encoder
+
+        self._encoder = fast_encoder(self)
+        return self.is_fast
+
+    def slow(self) -> Tokenizer:
+        """Return the same tokenizer without the fast encoder."""
+        other = copy.copy(self)
+        other._encoder = None
+        return other
+
+    def unproved(self) -> Tokenizer:
+        """Return the same tokenizer, whose fast encoder is held against the slow one at the next texts."""
+        other = copy.copy(self)
+        other._unproved = _PROVE_EVERY
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all that `save` writes: vocabulary, rules, special tokens and chat template."""
+        written = sorted(self._written().items())
+        return hashlib.sha256(b"".join(f"{name} {len(data)} ".encode() + data for name, data in written)).hexdigest()
+
+    def agrees(self, texts: Sequence[str]) -> bool:
+        """Whether the fast encoder gives the ids that count for these texts."""
+        from ostro.data.fast import agrees
+
+        return self._encoder is None or agrees(self._encoder, self, texts)
+
+    def encode_slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids by the package tokenizers alone, which is what counts where anything faster differs."""
         import numpy as np
 
         pieces: list[list[np.ndarray]] = [[] for _ in texts]
@@ -134,6 +202,14 @@ class Tokenizer:
         `PreTrainedTokenizerFast` is the class that takes tokenizer.json as it stands, in transformers 4 and 5
         alike; `LlamaTokenizer` would rebuild it by rules of its own.
         """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for name, data in self._written().items():
+                (Path(folder) / name).write_bytes(data)
+        except OSError as error:
+            raise DataError(f"the tokenizer cannot be written to {folder}: {error.strerror}.") from None
+
+    def _written(self) -> dict[str, bytes]:
         tokens = {f"{role}_token": self._roles[role] for role in _ROLES if self._roles[role] is not None}
         config = {
             **self._config,
@@ -141,17 +217,11 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        written = {
+        return {
             **self._files,
             "tokenizer_config.json": _json_bytes(config),
             "special_tokens_map.json": _json_bytes(tokens),
         }
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for name, data in written.items():
-                (Path(folder) / name).write_bytes(data)
-        except OSError as error:
-            raise DataError(f"the tokenizer cannot be written to {folder}: {error.strerror}.") from None
 
     def _segments(self, text: str) -> Iterator[str]:
         """Cut a long text before newlines, so that one document uses every core and bounded memory."""
@@ -170,9 +240,7 @@ class Tokenizer:
         try:
             encodings = self._bpe.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:  # what tokenizers says of a string that has no UTF-8
-            raise DataError(
-                "a text holds half of a surrogate pair, which no UTF-8 can express: remove the character."
-            ) from None
+            raise _half_a_pair() from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
@@ -198,6 +266,10 @@ class Stream:
             self._strip = False
             return text.removeprefix(" ")
         return text
+
+
+def _half_a_pair() -> DataError:
+    return DataError("a text holds half of a surrogate pair, which no UTF-8 can express: remove the character.")
 
 
 def _groups(segments: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -255,7 +327,7 @@ def _shipped(version: str) -> Path:
 
 def _from_piece_model(path: Path, name: str) -> Tokenizer:
     spec, roles = read_piece_model(path)
-    files = {"tokenizer.json": _json_bytes(spec), "tokenizer.model": _read(path)}
+    files = {"tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(), "tokenizer.model": _read(path)}
     config = {"add_bos_token": True, "add_eos_token": False}
     return Tokenizer(spec, roles, name=name, config=config, files=files)
 
@@ -338,7 +410,7 @@ def _may_split_at_words(spec: Mapping[str, Any]) -> bool:
         and all(step in _TO_BARS for step in steps)
         and (not pre or (pre.get("type") == "Metaspace" and pre.get("split") is False))
         and "<0x0A>" in model["vocab"]
-        and not any(re.search("[^▁]▁|\n", piece) for piece in [*model["vocab"], *added])
+        and not any(map(re.compile("[^▁]▁|\n").search, [*model["vocab"], *added]))
     )
 
 
@@ -367,7 +439,7 @@ def _byte_table(
         return piece.encode()
 
     def from_byte_fallback(piece: str) -> bytes:
-        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        if piece.startswith("<0x") and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         for old, new in replaced:
             piece = piece.replace(old["String"], new)
