@@ -41,12 +41,14 @@ def ostro_step(size: str, precision: str) -> Any:
     import torch
 
     from ostro.config import Optim
+    from ostro.machine import keep_freed_memory
     from ostro.model.mixtral import Mixtral
     from ostro.model.settings import MoeConfig
     from ostro.model.spans import spans_of
     from ostro.optim import build_optimizer, clip_grad_norm
     from ostro.weights.store import RandomReader, load_into
 
+    keep_freed_memory()
     config = config_of(size)
     *_, sequences, length = SIZES[size]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

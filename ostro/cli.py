@@ -180,10 +180,10 @@ def evaluate(
     from ostro.data import shards
     from ostro.data.prepare import prepare as run_prepare
     from ostro.data.tasks import Settings
+    from ostro.dataset import check_data
     from ostro.errors import ConfigError
     from ostro.evaluate import evaluate as run_evaluate
     from ostro.serve.engine import load_model, tokenizer_of
-    from ostro.train import check_data
 
     loaded = load_model(model, dtype)
     words = tokenizer_of(model, tokenizer)

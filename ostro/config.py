@@ -73,7 +73,11 @@ class Data(Section):
 
 
 class Train(Section):
-    """How long and how: `steps` −1 means `epochs` over the data. Batches are counted in sequences."""
+    """How long and how: `steps` −1 means `epochs` over the data. Batches are counted in sequences.
+
+    `exact` computes as the oracles of the tests do, expert by expert and from whole logits: slower, and in fp32 the
+    same bits as these oracles give.
+    """
 
     steps: int = Field(default=-1, ge=-1)
     epochs: float = Field(default=1.0, gt=0)
@@ -82,6 +86,7 @@ class Train(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "bf16"
     master_dtype: Literal["fp32"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**63)
+    exact: bool = False
     recompute: Literal["none"] = "none"
     compile: Literal[False] = False
     eval_every: int = Field(default=0, ge=0)
@@ -127,6 +132,8 @@ class Moe(Section):
     balance: Literal["sequence", "batch", "hf"] = "sequence"
     router_aux_loss_coef: float = 0.02
     z_loss_coef: float = 0.0
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    fp8: bool = False
 
     def settings(self) -> MoeConfig:
         """Return how the model's router is trained; ConfigError for what means nothing."""

@@ -54,8 +54,8 @@ def evaluate(
     """Score every token of the shards that is learned exactly once, each document's first excepted.
 
     Rows of `seq_length` tokens are scored independently, so a token sees at most the tokens before it in its row.
-    They are packed as for training (`packing_of`), but whatever is too long is split; no choice of an expert is dropped,
-    whatever the capacity in training. Raises DataError where no token is learned.
+    They are packed as for training (`packing_of`), but whatever is too long is split; whatever the capacity in
+    training, no choice of an expert is dropped. Raises DataError where no token is learned.
     """
     start = time.monotonic()
     loader = Loader(

@@ -21,18 +21,17 @@ from ostro import log
 from ostro.batch import batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
-from ostro.data.loader import Loader, Row, packing_of
-from ostro.data.prepare import is_of_template, prepared
+from ostro.data.loader import Loader, Row
 from ostro.data.shards import Shards
 from ostro.data.sources import parse_weight
-from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
+from ostro.dataset import open_data, open_loader
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
-from ostro.model import layout, routing
+from ostro.machine import keep_freed_memory
+from ostro.model import kernels, layout, ops, routing
 from ostro.model.balance import update_bias
 from ostro.model.mixtral import Mixtral
-from ostro.model.settings import ModelConfig
 from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
@@ -101,11 +100,13 @@ def set_up(config: Config) -> Run:
     device = devices.accelerator()
     _check(config, run_dir, device)
     devices.set_deterministic(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    loader, shards = _loader(config, tokenizer)
-    eval_shards = _open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
-    model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device)).to(device)
+    loader, shards = open_loader(config, tokenizer)
+    eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
+    model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device), config.train.exact).to(device)
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -169,6 +170,9 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
         raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
     if config.train.eval_every and not config.data.eval_path:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
+    reason = kernels.why_not(config.moe.kernels, config.moe.fp8, device)
+    if reason is not None:
+        raise ConfigError(reason)
     # fp32 weights, gradients and two moments; activations come on top.
     needed, there = 16 * layout.num_parameters(config.model), devices.memory_bytes(device)
     if needed > there:
@@ -184,72 +188,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
         is_slow = device.type == "cpu" and not devices.bf16_is_fast()
         return torch.float32 if is_slow else torch.bfloat16
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
-
-
-def _loader(config: Config, tokenizer: Tokenizer) -> tuple[Loader, list[Shards]]:
-    """Open the training data and deal it out: all of it once an epoch, or each source with its share."""
-    data = config.data
-    named = [parse_weight(path) for path in data.path]
-    weights = [weight for _, weight in named if weight is not None]
-    if weights and len(weights) != len(named):
-        raise ConfigError("data.path gives some sources a share and others none: write path@share for each.")
-    if weights:
-        shards = [part for path, _ in named for part in _open_data(config, (path,), tokenizer)]
-    else:
-        shards = _open_data(config, data.path, tokenizer)
-    loader = Loader(
-        shards,
-        seq_length=data.seq_length,
-        seed=config.train.seed,
-        shuffle=data.shuffle,
-        packing=packing_of(shards, data.packing),
-        overlong=data.overlong,
-        pad_token_id=data.pad_token_id,
-        weights=weights or None,
-        weights_by=data.weights_by,
-    )
-    for note in loader.notes():
-        log.say(note, style="yellow")
-    return loader, shards
-
-
-def _open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> list[Shards]:
-    """Open prepared folders as they are; prepare raw text first, into the cache."""
-    folders = [Path(path) for path in paths if token_shards.is_prepared(path)]
-    raw = [path for path in paths if not token_shards.is_prepared(path)]
-    if raw:
-        log.say(f"preparing {', '.join(raw)} (cached for the next time)")
-        cache = token_shards.cache_dir() / "prepared"
-        settings = Settings(config.data.kind, config.data.documents, config.data.template, config.data.dedup)
-        folders.append(prepared(raw, cache, tokenizer=tokenizer, settings=settings))
-    opened = [token_shards.open_shards(folder) for folder in folders]
-    for folder, shards in zip(folders, opened, strict=True):
-        check_data(folder, shards, tokenizer, config.model, config.data.template)
-    return opened
-
-
-def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig, template: str = "auto") -> None:
-    """Refuse tokens made with another tokenizer or another template, or that the model cannot hold."""
-    manifest = shards.manifest
-    if manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise DataError(
-            f"{folder} was prepared with tokenizer {manifest.tokenizer!r}, not {tokenizer.name!r}: "
-            "set data.tokenizer to it, or prepare the data again."
-        )
-    if not is_of_template(manifest, template, tokenizer):
-        raise DataError(
-            f"{folder} was prepared with the template {manifest.settings['template']!r}, not {template!r}: set "
-            "data.template to it, or prepare the data again."
-        )
-    if manifest.vocab_size > model.vocab_size:
-        raise DataError(
-            f"{folder} has token ids up to {manifest.vocab_size - 1} and the model vocab_size={model.vocab_size}: "
-            f"set model.vocab_size={manifest.vocab_size} or use the model's own tokenizer."
-        )
-    for name in ("bos_token_id", "eos_token_id"):
-        ours, theirs = getattr(model, name), getattr(manifest, name)
-        if ours != theirs:
-            raise DataError(f"{folder} has {name}={theirs} and the model {ours}: they were made for different models.")
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
@@ -299,18 +237,19 @@ def train_step(run: Run) -> StepStats:
     )
     loss = torch.zeros((), dtype=torch.float32, device=run.device)
     done = 0
-    for micro in _micro_batches(rows, config.train.micro_batch_sequences):
-        batch = batch_of(
-            micro,
-            run.device,
-            balance_scale=1.0 / num_tokens,
-            stats_LS=stats_LS,
-            draws_from=_draws_from(run, done) if config.moe.router_jitter_noise else None,
-        )
-        done += len(batch.tokens_T)
-        part = model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T) / num_labels
-        part.backward()
-        loss += part.detach()
+    with ops.weights_cast_once():
+        for micro in _micro_batches(rows, config.train.micro_batch_sequences):
+            batch = batch_of(
+                micro,
+                run.device,
+                balance_scale=1.0 / num_tokens,
+                stats_LS=stats_LS,
+                draws_from=_draws_from(run, done) if config.moe.router_jitter_noise else None,
+            )
+            done += len(batch.tokens_T)
+            part = model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T) / num_labels
+            part.backward()
+            loss += part.detach()
     grad_norm = clip_grad_norm(model.parameters(), config.optim.max_grad_norm)
     if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
         raise TrainError(

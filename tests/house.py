@@ -25,7 +25,7 @@ LAYERS = (
     ("train",),
     ("evaluate", "report", "verify", "inspection"),
     ("serve",),
-    ("parallel", "weights", "optim", "batch"),
+    ("parallel", "weights", "optim", "batch", "dataset"),
     ("model", "data"),
     ("config", "degrees", "log"),
     ("device", "model.settings"),
@@ -145,7 +145,7 @@ def layer_faults(source: str, module: str, known: set[str]) -> list[str]:
 
 
 def _layer_fault(module: str, own: tuple[int, str], target: str) -> str | None:
-    return _own_fault(module, own, target) if is_within(target, "ostro") else _foreign_fault(own[1], target)
+    return _own_fault(module, own, target) if is_within(target, "ostro") else _foreign_fault(module, own[1], target)
 
 
 def _own_fault(module: str, own: tuple[int, str], target: str) -> str | None:
@@ -164,7 +164,7 @@ def _own_fault(module: str, own: tuple[int, str], target: str) -> str | None:
     return None
 
 
-def _foreign_fault(room: str, target: str) -> str | None:
+def _foreign_fault(module: str, room: str, target: str) -> str | None:
     top = target.partition(".")[0]
     if top in NEVER:
         return f"{top} is never depended on"
@@ -172,6 +172,8 @@ def _foreign_fault(room: str, target: str) -> str | None:
         return f"{room} knows one process; {target} does not belong there"
     if room == "data" and top == "torch":
         return "data is free of torch"
+    if top == "triton" and is_within(module, "ostro.model.kernels"):  # comes with torch where there is a GPU
+        return None
     if room == "model" and top != "torch" and top not in sys.stdlib_module_names:
         return f"model needs torch alone, not {top}"
     return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ostro.model import ops
 from ostro.model.attention import Attend, attend
 from ostro.model.balance import hf_balance
-from ostro.model.moe import MoE
+from ostro.model.moe import MoE, dispatch_loop
 from ostro.model.routing import Routing
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import Spans
@@ -102,16 +102,27 @@ class Body(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """The whole model: tokens to final hidden states, to logits, or to a loss."""
+    """The whole model: tokens to final hidden states, to logits, or to a loss.
+
+    `exact` computes as the oracles do, expert by expert (`dispatch_loop`) and from whole logits (`ops.cross_entropy`).
+    """
 
     def __init__(
-        self, config: ModelConfig, moe: MoeConfig | None = None, compute_dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        moe: MoeConfig | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+        exact: bool = False,
     ) -> None:
         super().__init__()
+        self.exact = exact
         self.config, self.moe, self.compute_dtype = config, moe or MoeConfig(), compute_dtype
         self.model = Body(config, self.moe)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if exact:
+            for block in self.blocks.values():
+                block.block_sparse_moe.dispatch = dispatch_loop
 
     @property
     def blocks(self) -> dict[int, Block]:
@@ -147,4 +158,7 @@ class Mixtral(nn.Module):
 
     def loss(self, tokens_T: Tensor, spans: Spans, labels_T: Tensor, weights_T: Tensor) -> Tensor:
         """Return `Σ weight · −log p(label)` in nats, fp32; the balancing losses ride on its backward pass."""
-        return ops.linear_cross_entropy(self(tokens_T, spans), self.head_weight, labels_T, weights_T)
+        x_TD = self(tokens_T, spans)
+        if self.exact:
+            return ops.cross_entropy(self.logits(x_TD), labels_T, weights_T)
+        return ops.linear_cross_entropy(x_TD, self.head_weight, labels_T, weights_T)

@@ -7,8 +7,9 @@ by expert, so that each expert multiplies one contiguous slice, and gathers the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,9 @@ from ostro.model.capacity import within_capacity
 from ostro.model.kernels.grouped import run_ordered
 from ostro.model.kernels.order import order_by_expert
 from ostro.model.routing import HAS_BIAS, ROUTERS, Routing, count, jitter
-from ostro.model.settings import ModelConfig, MoeConfig
+from ostro.model.settings import Kernels, ModelConfig, MoeConfig
 from ostro.model.spans import Spans
 
-Kernels = Literal["auto", "triton", "torch"]
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 
 
@@ -55,7 +55,7 @@ def dispatch(
     flat_N = routing.experts_TA.flatten()
     order_N = flat_N.argsort(stable=True)
     counts_E = torch.bincount(flat_N, minlength=len(w2))
-    y_ND = run_experts(x_TD[order_N // num_choices], counts_E, w13.to(x_TD.dtype), w2.to(x_TD.dtype))
+    y_ND = run_experts(x_TD[order_N // num_choices], counts_E, ops.cast(w13, x_TD.dtype), ops.cast(w2, x_TD.dtype))
     place_N = torch.empty_like(order_N)
     place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     y_TAD = y_ND[place_N].view(num_tokens, num_choices, -1)
@@ -67,7 +67,7 @@ def dispatch_grouped(
 ) -> Tensor:
     """As `dispatch`, with one grouped product per projection: the host never waits, dropped choices cost nothing."""
     order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
-    w13, w2 = w13.to(x_TD.dtype), w2.to(x_TD.dtype)
+    w13, w2 = ops.cast(w13, x_TD.dtype), ops.cast(w2, x_TD.dtype)
     passes = kernels.choose(kernels_named, x_TD.device)
     return run_ordered(x_TD, routing.weights_TA, order, w13, w2, passes, use_fp8)
 
@@ -99,20 +99,18 @@ class _SlicedExperts(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, counts: list[int], w13: Tensor, w2: Tensor) -> Tensor:
         ffn = w13.shape[2]
         h_N2F = x_ND.new_empty(len(x_ND), 2 * ffn)
-        a_NF = x_ND.new_empty(len(x_ND), ffn)
         y_ND = torch.empty_like(x_ND)
         for expert, rows in _slices(counts):
             h = h_N2F[rows]
             ops.mm(x_ND[rows], w13[expert].flatten(0, 1).t(), h)
-            torch.mul(F.silu(h[:, :ffn]), h[:, ffn:], out=a_NF[rows])
-            ops.mm(a_NF[rows], w2[expert].t(), y_ND[rows])
+            ops.mm(ops.swiglu(h[:, :ffn], h[:, ffn:]), w2[expert].t(), y_ND[rows])
         ctx.counts = counts
-        ctx.save_for_backward(x_ND, h_N2F, a_NF, w13, w2)
+        ctx.save_for_backward(x_ND, h_N2F, w13, w2)
         return y_ND
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:  # type: ignore[override]
-        x_ND, h_N2F, a_NF, w13, w2 = ctx.saved_tensors
+        x_ND, h_N2F, w13, w2 = ctx.saved_tensors
         ffn = w13.shape[2]
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(x_ND)
@@ -123,11 +121,12 @@ class _SlicedExperts(torch.autograd.Function):
                 grad_w2[expert].zero_()
                 continue
             gate, up, dy = h_N2F[rows, :ffn], h_N2F[rows, ffn:], grad_y[rows]
-            ops.mm(dy.t(), a_NF[rows], grad_w2[expert])
-            grad_a = torch.empty_like(a_NF[rows])
+            silu = F.silu(gate)
+            ops.mm(dy.t(), silu * up, grad_w2[expert])  # the activation is made again: it is in the cache anyway
+            grad_a = torch.empty_like(silu)
             ops.mm(dy, w2[expert], grad_a)
             grad_h = torch.empty_like(h_N2F[rows])
-            torch.mul(grad_a, F.silu(gate), out=grad_h[:, ffn:])
+            torch.mul(grad_a, silu, out=grad_h[:, ffn:])
             grad_a *= up
             torch.ops.aten.silu_backward.grad_input(grad_a, gate, grad_input=grad_h[:, :ffn])
             ops.mm(grad_h.t(), x_ND[rows], grad_w13[expert].flatten(0, 1))
@@ -178,7 +177,7 @@ class MoE(nn.Module):
         self.config, self.moe, self.layer = config, moe, layer
         self.gate = Gate(config)
         self.experts = Experts(config)
-        self.dispatch: Dispatch = dispatch
+        self.dispatch: Dispatch = functools.partial(dispatch, kernels_named=moe.kernels, use_fp8=moe.fp8)
         self.sum_counts: SumCounts = alone
 
     def forward(self, x_TD: Tensor, spans: Spans) -> tuple[Tensor, Routing, Tensor]:

@@ -13,6 +13,7 @@ Router = Literal["softmax", "sigmoid"]
 Drop = Literal["token", "choice", "probability"]
 CapacityGroup = Literal["sequence", "rank"]
 Balance = Literal["sequence", "batch", "hf"]
+Kernels = Literal["auto", "triton", "torch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,11 @@ class MoeConfig:
     (`capacity_group`), `factor` times an even share, at least `min_capacity`, rounded up to `capacity_multiple`; who
     comes first is told by `drop` (see `capacity.py`). `router_jitter_noise` is Hugging Face's: the router's input is
     multiplied by uniform(1 − noise, 1 + noise) in training. `bias_update_rate` moves the sigmoid router's selection
-    bias once a step. Raises ConfigError for values and combinations that mean nothing.
+    bias once a step.
+
+    `kernels` says what runs between the experts' products on a GPU: auto takes Triton's kernels where they are
+    compiled for it. `fp8` rounds the operands of these products to fp8, where the GPU multiplies them (SM90).
+    Raises ConfigError for values and combinations that mean nothing.
     """
 
     balance: Balance = "sequence"
@@ -190,9 +195,11 @@ class MoeConfig:
     capacity_multiple: int = 1
     router_jitter_noise: float = 0.0
     bias_update_rate: float = 0.001
+    kernels: Kernels = "auto"
+    fp8: bool = False
 
     def __post_init__(self) -> None:
-        for name, words in (("balance", Balance), ("drop", Drop), ("capacity_group", CapacityGroup)):
+        for name, words in _WORDS.items():
             _require_one_of(f"moe.{name}", getattr(self, name), words)
         for name in ("router_aux_loss_coef", "z_loss_coef", "bias_update_rate", "router_jitter_noise"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -219,4 +226,5 @@ class MoeConfig:
                     )
 
 
+_WORDS = {"balance": Balance, "drop": Drop, "capacity_group": CapacityGroup, "kernels": Kernels}
 _OF_CAPACITY = ("drop", "capacity_group", "min_capacity", "capacity_multiple")

@@ -65,6 +65,18 @@ def compute_capability() -> int:
     return arch if isinstance(arch, int) else 0
 
 
+def why_not(kernels: str, use_fp8: bool, where: torch.device) -> str | None:
+    """Return why these settings (`moe.kernels`, `moe.fp8`) cannot be had on a device, or None."""
+    is_gpu = device.is_cuda(where)
+    if kernels == "triton" and not has_triton():
+        return "moe.kernels=triton needs Triton, which is not installed: install it, or set moe.kernels=auto."
+    if kernels == "triton" and not is_gpu:
+        return f"moe.kernels=triton needs a GPU and this is {device.name(where)}: set moe.kernels=auto."
+    if use_fp8 and not (is_gpu and compute_capability() == 90):
+        return f"moe.fp8=true needs a GPU of SM90 and Triton, and this is {device.name(where)}: leave it out."
+    return None
+
+
 def choose(kernels: str, where: torch.device) -> Passes:
     """Return the passes for the setting `auto`, `triton` or `torch`: auto takes Triton's on SM80 and later.
 
