@@ -1,10 +1,14 @@
 """A whole training step on the CPU — forward, backward, clip, AdamW — beside transformers' with the same shapes.
 
 Contenders take turns, each turn a process of its own, so that its peak memory is its own. The rate is `torch.mm` of two
-4096³ matrices in the same run. FLOPs are 6 per active parameter and token (the head included, the embedding not) plus
-attention.
+4096³ matrices, measured before and after each turn: on a shared machine it drifts by a quarter within minutes, so a
+share of it is taken turn by turn. FLOPs are 6 per active parameter and token (the head included, the embedding not)
+plus attention; recomputing counts nothing. Ours computes the balancing loss, transformers' by default does not.
 
-    python benchmarks/train_cpu.py [--quick] [--json FILE]
+    python benchmarks/train_cpu.py [--quick] [--bf16-anyway] [--json FILE]
+
+Where the CPU has no units for bf16, torch multiplies such matrices some hundred times slower than fp32 ones, and
+transformers takes minutes a step: `--bf16-anyway` waits for them, one step each at the smaller size.
 """
 
 from __future__ import annotations
@@ -115,21 +119,29 @@ def work(contender: str, size: str, precision: str) -> None:
         print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 
 
-def measure(size: str, precision: str, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Take `steps` steps of each contender in turn, after one that does not count, and do so `rounds` times.
+def measure(size: str, precision: str, rounds: int, steps: int, warm: int = 1) -> list[dict[str, Any]]:
+    """Take `steps` steps of each contender in turn, after `warm` that do not count, and do so `rounds` times.
 
     Each turn is a process of its own: three models of the larger size with their optimizers do not fit side by side.
     """
+    from ostro.model import layout
+
+    *_, sequences, length = SIZES[size]
+    flops = layout.training_flops(config_of(size), [length] * sequences)
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    shares: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     peak: dict[str, int] = dict.fromkeys(CONTENDERS, 0)
+    rates = [rate(precision)]
     for _ in range(rounds):
         for name in CONTENDERS:
             command = [sys.executable, __file__, "--work", name, size, precision]
-            done = subprocess.run(command, input="step\n" * (steps + 1), stdout=-1, text=True, check=True)
+            done = subprocess.run(command, input="step\n" * (steps + warm), stdout=-1, text=True, check=True)
             lines = [line.split() for line in done.stdout.splitlines()]
-            seconds[name] += [float(took) for took, _ in lines[1:]]
+            taken = [float(took) for took, _ in lines[warm:]]
+            rates.append(rate(precision))
+            seconds[name] += taken
+            shares[name].append(flops / statistics.median(taken) / statistics.mean(rates[-2:]))
             peak[name] = max(peak[name], int(lines[-1][1]))
-    *_, sequences, length = SIZES[size]
     return [
         {
             "size": size,
@@ -137,6 +149,8 @@ def measure(size: str, precision: str, rounds: int, steps: int) -> list[dict[str
             "contender": name,
             "tokens_per_second": sequences * length / statistics.median(seconds[name]),
             "seconds": seconds[name],
+            "share_of_rate": statistics.median(shares[name]),
+            "rates": rates,
             "peak_memory_bytes": peak[name],
         }
         for name in CONTENDERS
@@ -144,21 +158,25 @@ def measure(size: str, precision: str, rounds: int, steps: int) -> list[dict[str
 
 
 def rate(precision: str) -> float:
-    """Return the FLOP/s of a product of two 4096³ matrices, the best of three."""
+    """Return the FLOP/s of a product of two 4096³ matrices (1024³ of bf16 where there are no units), best of three."""
     import torch
 
-    matrix = torch.ones(4096, 4096, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    from ostro import device
+
+    size = 1024 if precision == "bf16" and not device.bf16_is_fast() else 4096
+    matrix = torch.ones(size, size, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     times = []
     for _ in range(3):
         start = time.perf_counter()
         torch.mm(matrix, matrix)
         times.append(time.perf_counter() - start)
-    return 2 * 4096**3 / min(times)
+    return 2 * size**3 / min(times)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the small size, four steps")
+    parser.add_argument("--bf16-anyway", action="store_true", help="wait for bf16 on a CPU that has no units for it")
     parser.add_argument("--json", help="also write the rows here")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -166,31 +184,29 @@ def main() -> None:
         return work(*options.work)
 
     from ostro import device
-    from ostro.model import layout
 
     rows = []
     print(
-        f"{'size':10} {'precision':9} {'contender':24} {'tokens/s':>9} {'spread':>13} {'of the rate':>11} {'memory':>7}"
+        f"{'size':10} {'precision':9} {'contender':24} {'tokens/s':>9} {'spread':>15} {'of the rate':>11} {'memory':>7}"
     )
     for precision in ("fp32", "bf16"):
-        if precision == "bf16" and not device.bf16_is_fast():
-            # torch multiplies bf16 some hundred times slower than fp32 here: transformers would take minutes a step.
+        is_slow = precision == "bf16" and not device.bf16_is_fast()
+        if is_slow and not options.bf16_anyway:
             print("bf16: not measured, this CPU has no units for it")
             continue
-        fastest = rate(precision)
-        for size in list(SIZES)[: 1 if options.quick else None]:
-            *_, sequences, length = SIZES[size]
-            flops = layout.training_flops(config_of(size), [length] * sequences)
-            for row in measure(size, precision, *((2, 2) if options.quick else (3, 3))):
+        turns = (1, 1, 0) if is_slow else (2, 2) if options.quick else (3, 3)
+        for size in list(SIZES)[: 1 if options.quick or is_slow else None]:
+            for row in measure(size, precision, *turns):
                 took = row["seconds"]
-                row["share_of_rate"] = flops / statistics.median(took) / fastest
                 rows.append(row)
                 spread = f"{min(took):.2f}–{max(took):.2f} s"
                 print(
-                    f"{size:10} {precision:9} {row['contender']:24} {row['tokens_per_second']:9,.0f} {spread:>13} "
-                    f"{row['share_of_rate']:11.0%} {row['peak_memory_bytes'] / 1e9:4.1f} GB"
+                    f"{size:10} {precision:9} {row['contender']:24} {row['tokens_per_second']:9,.1f} {spread:>15} "
+                    f"{row['share_of_rate']:11.0%} {row['peak_memory_bytes'] / 1e9:4.1f} GB",
+                    flush=True,
                 )
-        print(f"{precision}: torch.mm reaches {fastest / 1e12:.3f} TFLOP/s")
+            rates = row["rates"]
+            print(f"{precision}: torch.mm reached {min(rates) / 1e12:.4f}–{max(rates) / 1e12:.4f} TFLOP/s", flush=True)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)

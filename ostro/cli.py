@@ -162,7 +162,8 @@ def _say_trained(outcome: Any) -> None:
             f"{last['mfu']:.0%} of the machine's rate, {peak / 1e9:.1f} GB at most"
         )
     typer.echo(f'next: ostro evaluate {outcome.run_dir} DATA   ostro generate {outcome.run_dir} "PROMPT"')
-    typer.echo(f"      ostro convert {outcome.run_dir} DIR --to hf")
+    if outcome.is_exportable:
+        typer.echo(f"      ostro convert {outcome.run_dir} DIR --to hf")
 
 
 @app.command()

@@ -40,13 +40,17 @@ from ostro.weights.store import RandomReader, Reader, architecture_difference, l
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its directory, the last step and the last one saved, the last row of metrics, the signal."""
+    """How a run ended: its directory, the last step and the last one saved, the last row of metrics, the signal.
+
+    `is_exportable` is False where no format but a training checkpoint holds the router's bias.
+    """
 
     run_dir: Path
     step: int
     saved_step: int
     last: dict[str, Any]
     signal: int | None
+    is_exportable: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -313,7 +317,8 @@ def _loop(run: Run) -> Outcome:
         if saved != run.step or dcp.latest(run.checkpoints) is None:
             saved = _save(run, progress, saved)
     metrics.close()
-    return Outcome(run.run_dir, run.step, saved, row, signals.caught)
+    is_exportable = config.model.router not in routing.HAS_BIAS
+    return Outcome(run.run_dir, run.step, saved, row, signals.caught, is_exportable)
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:

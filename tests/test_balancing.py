@@ -20,7 +20,8 @@ from torch import Tensor
 from ostro import log, train
 from ostro.batch import batch_of
 from ostro.config import Config, load_config
-from ostro.data.shards import open_shards, prepare
+from ostro.data.prepare import prepare
+from ostro.data.shards import open_shards
 from ostro.data.tokenizer import load_tokenizer
 from ostro.errors import ConfigError, WeightsError
 from ostro.evaluate import evaluate

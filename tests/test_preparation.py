@@ -15,6 +15,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -446,9 +447,9 @@ def test_interrupted_it_stops_and_goes_on(tmp_path: Path):
     assert (tmp_path / "a.jsonl").stat().st_size > 100_000_000
     partial = tmp_path / ".data.partial"
     command = [sys.executable, "-m", "ostro", "prepare", "a.jsonl", "--workers", "2", "--out", "data"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # At the lowest priority, so that this process sees the first task done before the last one is.
+    with subprocess.Popen(["nice", "-n", "19", *command], cwd=tmp_path, start_new_session=True, **pipes) as process:
         while process.poll() is None and not any(partial.glob("task-*.json")):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all of them are told
