@@ -306,3 +306,25 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert "step-00000004 is kept" in " ".join(capsys.readouterr().out.split())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000012"]
     assert digest(tmp_path) == digest(undisturbed)
+
+
+def test_the_exact_path_is_chosen_by_config(data: Path, tmp_path: Path) -> None:
+    runs = [set_up(config(data, tmp_path / str(exact), f"train.exact={exact}")) for exact in (True, False)]
+    assert [run.model.exact for run in runs] == [True, False]
+    stats = [train_step(run) for run in runs]
+    assert stats[0].loss == pytest.approx(stats[1].loss, rel=1e-5)
+    assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("moe.kernels=triton", r"moe\.kernels=triton needs .*: .*set moe\.kernels=auto\."),
+        ("moe.fp8=true", r"moe\.fp8=true needs a GPU of SM90 and Triton, and this is .*: leave it out\."),
+        ("moe.kernels=cuda", r"moe\.kernels='cuda' is refused"),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of a machine without an accelerator")
+def test_what_only_a_gpu_has_is_refused(setting: str, sentence: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        set_up(config(data, tmp_path / "run", setting))

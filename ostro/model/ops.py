@@ -81,8 +81,33 @@ def _products_in_fp32(x: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dim, computed in fp32 (arXiv 1910.07467)."""
+    """Root-mean-square norm over the last dim, computed in fp32 (arXiv 1910.07467).
+
+    Backward makes it again from x, which the residual stream keeps anyway: what is kept here is a number per token.
+    """
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
+
+
+def rms_norm_kept(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The oracle of `rms_norm`: everything its backward needs is kept by autograd."""
     return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype) * weight.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x.float() * inverse).to(x.dtype) * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        normed, grad = x.float() * inverse, grad.float()
+        grad_weight = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight.to(x.dtype)
+        grad_x = inverse * (grad - normed * (grad * normed).mean(dim=-1, keepdim=True))
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

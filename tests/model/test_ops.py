@@ -45,6 +45,28 @@ def test_chunked_loss_in_bf16_and_without_gradients() -> None:
     torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_and_its_gradients_equal_the_kept_ones(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 7, 16).to(dtype).requires_grad_(), torch.randn(16, requires_grad=True)
+    direction = torch.randn(2, 7, 16).to(dtype)
+    outs = [norm(x, weight, 1e-5) for norm in (ops.rms_norm, ops.rms_norm_kept)]
+    grads = [torch.autograd.grad(out, (x, weight), direction) for out in outs]
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, oracle in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        assert ours.dtype == oracle.dtype
+        assert (ours - oracle).abs().max() <= limit * oracle.abs().max()
+
+
+def test_what_a_norm_keeps_is_its_input_and_a_number_a_token() -> None:
+    kept: list[torch.Tensor] = []
+    x, weight = torch.randn(9, 16).bfloat16().requires_grad_(), torch.randn(16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ops.rms_norm(x, weight, 1e-5)
+    assert sorted(tensor.numel() for tensor in kept) == [9, 16, 9 * 16]
+    assert sum(tensor.data_ptr() == x.data_ptr() for tensor in kept) == 1
+
+
 def test_rms_norm_is_computed_in_fp32() -> None:
     x = torch.full((1, 4), 300.0, dtype=torch.float16)  # its square overflows fp16
     out = ops.rms_norm(x, torch.full((4,), 2.0), eps=1e-6)

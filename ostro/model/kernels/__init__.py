@@ -61,7 +61,7 @@ def compute_capability() -> int:
         return 0
     from triton.runtime import driver  # pyright: ignore[reportMissingImports]
 
-    arch = driver.active.get_current_target().arch
+    arch = getattr(driver.active.get_current_target(), "arch", None)
     return arch if isinstance(arch, int) else 0
 
 

@@ -1,10 +1,13 @@
 """SwiGLU with the routing weight in Triton: forward, and a backward that makes the activation once more."""
 
+# A launch of a Triton kernel has no types, and Triton is not installed everywhere.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportReturnType=false
+
 from __future__ import annotations
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ostro.model.kernels.order import Order
@@ -20,7 +23,7 @@ def swiglu(h_N2F: Tensor, weights_TA: Tensor | None, order: Order) -> Tensor:
     if a_NF.numel():
         block = min(_COLUMNS, triton.next_power_of_2(ffn))
         weights = order.order_N if weights_TA is None else weights_TA.contiguous()
-        _swiglu_kernel[(num_rows, triton.cdiv(ffn, block))](  # pyright: ignore[reportIndexIssue]
+        _swiglu_kernel[(num_rows, triton.cdiv(ffn, block))](
             h_N2F, weights, order.order_N, order.ends_E, a_NF, ffn, len(order.ends_E),
             WEIGHTED=weights_TA is not None, BLOCK=block,
         )  # fmt: skip
@@ -37,7 +40,7 @@ def swiglu_backward(
     grad_weights_TA = None if weights_TA is None else torch.zeros_like(weights_TA).contiguous()
     if a_NF.numel():
         weights = order.order_N if weights_TA is None else weights_TA.contiguous()
-        _swiglu_backward_kernel[(num_rows,)](  # pyright: ignore[reportIndexIssue]
+        _swiglu_backward_kernel[(num_rows,)](
             grad_a_NF, h_N2F, weights, order.order_N, order.ends_E, grad_h_N2F, a_NF,
             order.order_N if grad_weights_TA is None else grad_weights_TA, ffn, len(order.ends_E),
             WEIGHTED=weights_TA is not None, BLOCK=min(_COLUMNS, triton.next_power_of_2(ffn)),
