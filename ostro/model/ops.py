@@ -173,15 +173,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if needs_grad else None
         for start in range(0, len(x_TD), chunk_tokens):
             x, labels, weights = (t[start : start + chunk_tokens] for t in (x_TD, labels_T, weights_T))
-            tiles, normaliser_TJ = _softmax_tiles(x, head_VD, probs, logits, tile_vocab)
+            tiles, normaliser_TJ, label_logits_T = _softmax_tiles(x, head_VD, labels, probs, logits, tile_vocab)
             normaliser_T = normaliser_TJ.logsumexp(dim=1)
-            label_rows_TD = head_VD[labels].float()
-            loss += ((normaliser_T - (x.float() * label_rows_TD).sum(dim=1)) * weights).sum()
+            # Rounding alone can take −log p below 0.
+            loss += ((normaliser_T - label_logits_T).clamp(min=0) * weights).sum()
             if grad_x is None or grad_head is None:
                 continue
             # d loss / d logits = weight · (softmax − one-hot)
             factor_TJ = (normaliser_TJ - normaliser_T[:, None]).exp() * weights[:, None]
-            grad = label_rows_TD.mul_(-weights[:, None])
+            grad = head_VD[labels] * -weights[:, None]
             for j, (tile, head) in enumerate(zip(tiles, head_VD.split(tile_vocab), strict=True)):
                 factor = factor_TJ[:, j, None]
                 grad.addcmul_(product(tile, head), factor)
@@ -201,21 +201,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_tiles(
-    x_TD: Tensor, head_VD: Tensor, probs: Tensor, logits: Tensor, tile_vocab: int
-) -> tuple[list[Tensor], Tensor]:
-    """Return the softmax of every tile's logits, views of `probs`, and the logarithms of their normalisers [T, J].
+    x_TD: Tensor, head_VD: Tensor, labels_T: Tensor, probs: Tensor, logits: Tensor, tile_vocab: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the softmax of every tile's logits, the logarithms of their normalisers [T, J], the labels' logits [T].
 
-    `probs` and `logits` are memory for T · V and T · tile_vocab values: a tile's logits are read from the cache.
+    `probs`, which the first are views of, and `logits` are memory for T · V and T · tile_vocab values: a tile's logits
+    are read from the cache. The labels' logits are those that were normalised, rounded alike.
     """
-    tiles, normalisers, used = [], [], 0
+    tiles, normalisers, first = [], [], 0
+    label_logits_T = torch.zeros_like(labels_T, dtype=torch.float32)
     for head in head_VD.split(tile_vocab):
-        size = len(x_TD) * len(head)
-        logits_Tj, tile = logits[:size].view(len(x_TD), -1), probs[used : used + size].view(len(x_TD), -1)
+        num_values = len(x_TD) * len(head)
+        logits_Tj = logits[:num_values].view(len(x_TD), -1)
+        tile = probs[first * len(x_TD) :][:num_values].view(len(x_TD), -1)
         mm(x_TD, head.t(), logits_Tj)
+        place_T = labels_T - first
+        found_T = logits_Tj.gather(1, place_T.clamp(0, len(head) - 1)[:, None]).squeeze(1).float()
+        label_logits_T = torch.where((place_T >= 0) & (place_T < len(head)), found_T, label_logits_T)
         normalisers.append(_softmax(logits_Tj, tile))
         tiles.append(tile)
-        used += size
-    return tiles, torch.stack(normalisers, dim=1)
+        first += len(head)
+    return tiles, torch.stack(normalisers, dim=1), label_logits_T
 
 
 # Below this a probability loses the digits of its logarithm.

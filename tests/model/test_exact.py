@@ -105,3 +105,14 @@ def test_tiles_of_the_vocabulary_add_up(tile: int, dtype: torch.dtype) -> None:
         limit = 1e-5 if dtype == torch.float32 else 2e-2
         assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
     assert (tiled[0][5] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_loss_is_negative_however_sure_the_model_is(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    head = torch.randn(300, 64)
+    labels = torch.randint(300, (200,))
+    x = head[labels].to(dtype)  # the label's logit is some 64, the others' are about 0
+    for label, row in zip(labels, x, strict=True):
+        loss = ops.linear_cross_entropy(row[None], head, label[None], torch.ones(1), tile_vocab=128)
+        assert 0 <= loss.item() < 1e-3
