@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import math
@@ -241,8 +242,10 @@ def train_step(run: Run) -> StepStats:
     )
     loss = torch.zeros((), dtype=torch.float32, device=run.device)
     done = 0
-    with ops.weights_cast_once():
-        for micro in _micro_batches(rows, config.train.micro_batch_sequences):
+    micro_batches = _micro_batches(rows, config.train.micro_batch_sequences)
+    # With one there is nothing to save, and the copies would outlive their layers.
+    with ops.weights_cast_once() if len(micro_batches) > 1 else contextlib.nullcontext():
+        for micro in micro_batches:
             batch = batch_of(
                 micro,
                 run.device,

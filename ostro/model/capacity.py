@@ -52,8 +52,8 @@ def capacities(sizes_G: Tensor, num_experts: int, num_choices: int, moe: MoeConf
     `capacity_multiple`, beyond all tokens perhaps: MindFormers' order (r1.7.0, TopkRouterV2).
     """
     assert moe.capacity_factor is not None
-    share_G = (num_choices * sizes_G.double() * moe.capacity_factor / num_experts).ceil().long()
-    wanted_G = share_G.clamp(min=moe.min_capacity).minimum(sizes_G)
+    share_G = (num_choices * sizes_G.double() * moe.capacity_factor / num_experts).ceil()
+    wanted_G = share_G.clamp(min=moe.min_capacity).minimum(sizes_G.double()).long()  # a huge factor fits no int64
     multiple = moe.capacity_multiple
     return (wanted_G + multiple - 1).div(multiple, rounding_mode="floor") * multiple
 

@@ -45,7 +45,7 @@ def dispatch(
 ) -> Tensor:
     """Send each token to its experts and return the weighted sum of their answers, [T, D].
 
-    Nothing is dropped. Rows are sorted stably, so the same routing gives the same bits. `kernels_named` and `use_fp8`
+    Rows are sorted stably, so the same routing gives the same bits. `kernels_named` and `use_fp8`
     concern accelerators with grouped products alone: which passes lie between them (`kernels.choose`), and whether
     the products' operands are rounded to fp8.
     """

@@ -179,16 +179,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += ((normaliser_T - label_logits_T).clamp(min=0) * weights).sum()
             if grad_x is None or grad_head is None:
                 continue
-            # d loss / d logits = weight · (softmax − one-hot)
+            # d loss / d logits = weight · (softmax − one-hot). The label's p − 1 leaves its tile and goes its own way
+            # in fp32: of a p rounded to 16 bits nothing would be left.
+            residual_T = torch.expm1(label_logits_T - normaliser_T).clamp(max=0) * weights
+            _leave_out(tiles, labels)
             factor_TJ = (normaliser_TJ - normaliser_T[:, None]).exp() * weights[:, None]
-            grad = head_VD[labels] * -weights[:, None]
+            grad = head_VD[labels] * residual_T[:, None]
             for j, (tile, head) in enumerate(zip(tiles, head_VD.split(tile_vocab), strict=True)):
                 factor = factor_TJ[:, j, None]
                 grad.addcmul_(product(tile, head), factor)
                 part = grad_head[j * tile_vocab : (j + 1) * tile_vocab]
                 add_product(part, tile.t(), (x * factor).to(x.dtype))
             grad_x[start : start + len(x)] = grad
-            grad_head.index_add_(0, labels, weights[:, None] * x, alpha=-1)
+            grad_head.index_add_(0, labels, residual_T[:, None] * x)
         if grad_x is not None and grad_head is not None:
             ctx.save_for_backward(grad_x, grad_head.to(master_VD.dtype))
         return loss
@@ -222,6 +225,16 @@ def _softmax_tiles(
         tiles.append(tile)
         first += len(head)
     return tiles, torch.stack(normalisers, dim=1), label_logits_T
+
+
+def _leave_out(tiles: list[Tensor], labels_T: Tensor) -> None:
+    """Write 0 at each token's label, in whichever tile it is."""
+    place_T = labels_T.clone()
+    for tile in tiles:
+        at_T1 = place_T.clamp(0, tile.shape[1] - 1)[:, None]
+        is_here = (place_T >= 0) & (place_T < tile.shape[1])
+        tile.scatter_(1, at_T1, torch.where(is_here[:, None], 0, tile.gather(1, at_T1)))
+        place_T -= tile.shape[1]
 
 
 # Below this a probability loses the digits of its logarithm.

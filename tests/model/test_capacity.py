@@ -230,3 +230,7 @@ def test_drops_are_counted_over_valid_tokens_and_loads_before_dropping() -> None
     assert min(half[1]) > 0
     assert torch.equal(ample[0], free[0])
     assert torch.equal(half[0][0, :-1], free[0][0, :-1])
+
+
+def test_a_huge_factor_drops_nothing() -> None:
+    assert capacities(torch.tensor([100]), 8, 2, MoeConfig(capacity_factor=1e18)).tolist() == [100]

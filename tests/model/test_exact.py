@@ -116,3 +116,16 @@ def test_no_loss_is_negative_however_sure_the_model_is(dtype: torch.dtype) -> No
     for label, row in zip(labels, x, strict=True):
         loss = ops.linear_cross_entropy(row[None], head, label[None], torch.ones(1), tile_vocab=128)
         assert 0 <= loss.item() < 1e-3
+
+
+@pytest.mark.parametrize("sureness", [0.15, 0.2, 0.3])
+def test_the_gradient_of_a_sure_token_is_no_rounding_noise(sureness: float) -> None:
+    torch.manual_seed(0)
+    head, labels, weights = torch.randn(300, 64), torch.randint(300, (200,)), torch.ones(200)
+    x = (head[labels] * sureness).bfloat16()
+    rounded = (x.requires_grad_(), head.requires_grad_())
+    plain = [tensor.detach().bfloat16().float().requires_grad_() for tensor in rounded]
+    ours = torch.autograd.grad(ops.linear_cross_entropy(*rounded, labels, weights, tile_vocab=128), rounded)
+    oracle = torch.autograd.grad(ops.cross_entropy(plain[0] @ plain[1].t(), labels, weights), plain)
+    for one, other in zip(ours, oracle, strict=True):
+        assert (one.float() - other).norm() <= 0.1 * other.norm()
