@@ -378,7 +378,11 @@ def train_step(bench: Bench, num_layers: int, num_tokens: int) -> None:
 
 
 def bench_training(bench: Bench) -> None:
-    """As many layers of the real size as fit beside their fp32 masters, gradients and two moments, and bf16 copies."""
+    """As many layers of the real size as fit beside their fp32 masters, gradients and two moments, and bf16 copies.
+
+    It runs as `ostro train` does, deterministically; it is the last part, since that stays switched on.
+    """
+    device.set_deterministic(bench.where)
     one, two = (layout.num_parameters(dataclasses.replace(bench.config, num_hidden_layers=n)) for n in (1, 2))
     room = device.memory_bytes(bench.where) * 0.9 / 18
     fitting = max(1, int((room - (2 * one - two)) // (two - one)))

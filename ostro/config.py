@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ostro.errors import ConfigError, nearest
-from ostro.model.settings import ModelConfig, MoeConfig
+from ostro.model.settings import Balance, CapacityGroup, Drop, Kernels, ModelConfig, MoeConfig, Router
 
 RECIPES = Path(__file__).parent / "recipes"
 PRESETS = RECIPES / "models"
@@ -121,18 +121,18 @@ class Moe(Section):
     `router` sigmoid has a selection bias, which only training checkpoints have a place for.
     """
 
-    router: Literal["softmax", "sigmoid"] = "softmax"
+    router: Router = "softmax"
     router_jitter_noise: float = 0.0
     bias_update_rate: float = 0.001
     capacity_factor: float | None = None
-    drop: Literal["token", "choice", "probability"] = "token"
-    capacity_group: Literal["sequence", "rank"] = "sequence"
+    drop: Drop = "token"
+    capacity_group: CapacityGroup = "sequence"
     min_capacity: int = 0
     capacity_multiple: int = 1
-    balance: Literal["sequence", "batch", "hf"] = "sequence"
+    balance: Balance = "sequence"
     router_aux_loss_coef: float = 0.02
     z_loss_coef: float = 0.0
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Kernels = "auto"
     fp8: bool = False
 
     def settings(self) -> MoeConfig:
@@ -216,9 +216,17 @@ class Config(Section):
     @model_validator(mode="after")
     def _agree(self) -> Config:
         train = self.train
+        if self.model.router not in ("softmax", self.moe.router):
+            raise ValueError(
+                f"model.router={self.model.router} and moe.router={self.moe.router} disagree: set moe.router"
+            )
         if self.model.router != self.moe.router:
             object.__setattr__(self, "model", dataclasses.replace(self.model, router=self.moe.router))
         self.moe.settings()
+        if train.exact and (self.moe.fp8 or self.moe.kernels == "triton"):
+            raise ValueError(
+                "train.exact computes without moe.kernels and moe.fp8, so asking for them means nothing: leave them out"
+            )
         if self.moe.balance == "hf" and train.micro_batch_sequences < train.global_batch_sequences:
             raise ValueError(
                 "moe.balance=hf does not add up over micro-batches: set train.micro_batch_sequences="

@@ -43,7 +43,7 @@ from ostro.weights.store import RandomReader, Reader, architecture_difference, l
 class Outcome:
     """How a run ended: its directory, the last step and the last one saved, the last row of metrics, the signal.
 
-    `is_exportable` is False where no format but a training checkpoint holds the router's bias.
+    `is_exportable` is False where no format but a training checkpoint can say which router it is.
     """
 
     run_dir: Path
@@ -105,12 +105,12 @@ def set_up(config: Config) -> Run:
     device = devices.accelerator()
     _check(config, run_dir, device)
     devices.set_deterministic(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
     loader, shards = open_loader(config, tokenizer)
     eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
+    if device.type == "cpu":
+        keep_freed_memory()  # not before: preparing data gives back what its encoder had
     model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device), config.train.exact).to(device)
     run = Run(
         config=config,
@@ -175,7 +175,7 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
         raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
     if config.train.eval_every and not config.data.eval_path:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
-    reason = kernels.why_not(config.moe.kernels, config.moe.fp8, device)
+    reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
     if reason is not None:
         raise ConfigError(reason)
     # fp32 weights, gradients and two moments; activations come on top.
@@ -320,7 +320,7 @@ def _loop(run: Run) -> Outcome:
         if saved != run.step or dcp.latest(run.checkpoints) is None:
             saved = _save(run, progress, saved)
     metrics.close()
-    is_exportable = config.model.router not in routing.HAS_BIAS
+    is_exportable = config.model.router == "softmax"
     return Outcome(run.run_dir, run.step, saved, row, signals.caught, is_exportable)
 
 
@@ -380,7 +380,7 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "data": _data_state(run),
         "model": run.config.model.as_fields(),
-        "config": _settings(run),
+        "config": _settings(run.config),
     }
     folder = dcp.step_folder(run.checkpoints, run.step)
     try:
@@ -395,8 +395,8 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
     return run.step
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    return json.loads(run.config.model_dump_json(by_alias=True, exclude={"model"}))
+def _settings(config: Config) -> dict[str, Any]:
+    return json.loads(config.model_dump_json(by_alias=True, exclude={"model"}))
 
 
 def _data_state(run: Run) -> dict[str, Any]:
@@ -430,10 +430,10 @@ def _resume(run: Run, folder: Path) -> None:
                 f"{folder} was trained with {name}={then!r} and the config says {now!r}: change it back to resume, "
                 "or choose another run.dir."
             )
-    config = _settings(run)
+    config, defaults = _settings(run.config), _settings(Config())  # a setting newer than the checkpoint had its default
     for section in ("train", "optim", "moe"):
         for key, value in config[section].items():
-            earlier = state["config"][section].get(key, value)
+            earlier = state["config"][section].get(key, defaults[section][key])
             if value != earlier:
                 log.say(
                     f"from step {state['step']} on, {section}.{key} is {value!r} instead of {earlier!r}", style="yellow"

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from ostro.model.settings import ModelConfig
+from ostro.model.settings import ROUTERS_WITH_BIAS, ModelConfig
 
 Dim = Literal["vocab", "heads", "kv_heads", "ffn", "expert", "half", "model"]
 
@@ -89,7 +89,7 @@ def parameters(config: ModelConfig) -> Iterator[Parameter]:
     for layer in range(config.num_hidden_layers):
         for kind in LAYER_KINDS:
             yield parameter(kind, layer)
-            if kind is GATE and config.router == "sigmoid":
+            if kind is GATE and config.router in ROUTERS_WITH_BIAS:
                 yield parameter(SELECTION_BIAS, layer)
     yield parameter(NORM, None)
     if not config.tie_word_embeddings:

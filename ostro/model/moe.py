@@ -21,8 +21,8 @@ from ostro.model.balance import SumCounts, alone, batch_balance, sequence_balanc
 from ostro.model.capacity import within_capacity
 from ostro.model.kernels.grouped import run_ordered
 from ostro.model.kernels.order import order_by_expert
-from ostro.model.routing import HAS_BIAS, ROUTERS, Routing, count, jitter
-from ostro.model.settings import Kernels, ModelConfig, MoeConfig
+from ostro.model.routing import ROUTERS, Routing, count, jitter
+from ostro.model.settings import ROUTERS_WITH_BIAS, Kernels, ModelConfig, MoeConfig
 from ostro.model.spans import Spans
 
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
@@ -45,20 +45,16 @@ def dispatch(
 ) -> Tensor:
     """Send each token to its experts and return the weighted sum of their answers, [T, D].
 
-    Rows are sorted stably, so the same routing gives the same bits. `kernels_named` and `use_fp8`
-    concern accelerators with grouped products alone: which passes lie between them (`kernels.choose`), and whether
-    the products' operands are rounded to fp8.
+    Rows are sorted stably, so the same routing gives the same bits; dropped choices are not computed. `kernels_named`
+    and `use_fp8` concern accelerators with grouped products alone: which passes lie between them (`kernels.choose`),
+    and whether the products' operands are rounded to fp8.
     """
     if device.is_cuda(x_TD.device) and _can_group(x_TD, w13) and len(x_TD):
         return dispatch_grouped(x_TD, routing, w13, w2, kernels_named, use_fp8)
-    num_tokens, num_choices = routing.experts_TA.shape
-    flat_N = routing.experts_TA.flatten()
-    order_N = flat_N.argsort(stable=True)
-    counts_E = torch.bincount(flat_N, minlength=len(w2))
-    y_ND = run_experts(x_TD[order_N // num_choices], counts_E, ops.cast(w13, x_TD.dtype), ops.cast(w2, x_TD.dtype))
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    y_TAD = y_ND[place_N].view(num_tokens, num_choices, -1)
+    order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
+    x_ND = x_TD[order.order_N // order.num_choices]
+    y_ND = run_experts(x_ND, order.ends_E, ops.cast(w13, x_TD.dtype), ops.cast(w2, x_TD.dtype))
+    y_TAD = y_ND[order.place_TA]
     return (y_TAD * routing.weights_TA[..., None].to(x_TD.dtype)).sum(dim=1)
 
 
@@ -72,21 +68,14 @@ def dispatch_grouped(
     return run_ordered(x_TD, routing.weights_TA, order, w13, w2, passes, use_fp8)
 
 
-def run_experts(x_ND: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def run_experts(x_ND: Tensor, ends_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """Run each expert on its slice of sorted rows, one product after another; returns [N, D].
 
-    The backward pass writes each expert's gradient straight into its place of the stacked ones: indexing a stacked
+    ends_E is the end of each expert's rows; rows past the last are nobody's and give 0, as do their gradients. The
+    backward pass writes each expert's gradient straight into its place of the stacked ones: indexing a stacked
     parameter instead would have autograd add up E tensors of the full size.
     """
-    return _SlicedExperts.apply(x_ND, counts_E.tolist(), w13, w2)  # type: ignore[return-value]
-
-
-def run_experts_grouped(x_ND: Tensor, counts_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """As `run_experts`, with one grouped product per projection and no count ever leaving the device."""
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    h_N2F = F.grouped_mm(x_ND, w13.flatten(1, 2).transpose(-2, -1), offs=ends_E)
-    gate, up = h_N2F.chunk(2, dim=-1)
-    return F.grouped_mm(ops.swiglu(gate, up), w2.transpose(-2, -1), offs=ends_E)
+    return _SlicedExperts.apply(x_ND, ends_E.tolist(), w13, w2)  # type: ignore[return-value]
 
 
 def _can_group(x_ND: Tensor, w13: Tensor) -> bool:
@@ -96,15 +85,16 @@ def _can_group(x_ND: Tensor, w13: Tensor) -> bool:
 
 class _SlicedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, counts: list[int], w13: Tensor, w2: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, ends: list[int], w13: Tensor, w2: Tensor) -> Tensor:
         ffn = w13.shape[2]
         h_N2F = x_ND.new_empty(len(x_ND), 2 * ffn)
         y_ND = torch.empty_like(x_ND)
-        for expert, rows in _slices(counts):
+        for expert, rows in _slices(ends):
             h = h_N2F[rows]
             ops.mm(x_ND[rows], w13[expert].flatten(0, 1).t(), h)
             ops.mm(ops.swiglu(h[:, :ffn], h[:, ffn:]), w2[expert].t(), y_ND[rows])
-        ctx.counts = counts
+        y_ND[ends[-1] :] = 0
+        ctx.ends = ends
         ctx.save_for_backward(x_ND, h_N2F, w13, w2)
         return y_ND
 
@@ -115,7 +105,7 @@ class _SlicedExperts(torch.autograd.Function):
         grad_y = grad_y.contiguous()
         grad_x = torch.empty_like(x_ND)
         grad_w13, grad_w2 = torch.empty_like(w13), torch.empty_like(w2)
-        for expert, rows in _slices(ctx.counts):
+        for expert, rows in _slices(ctx.ends):
             if rows.start == rows.stop:
                 grad_w13[expert].zero_()
                 grad_w2[expert].zero_()
@@ -131,15 +121,12 @@ class _SlicedExperts(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(grad_a, gate, grad_input=grad_h[:, :ffn])
             ops.mm(grad_h.t(), x_ND[rows], grad_w13[expert].flatten(0, 1))
             ops.mm(grad_h, w13[expert].flatten(0, 1), grad_x[rows])
+        grad_x[ctx.ends[-1] :] = 0
         return grad_x, None, grad_w13, grad_w2
 
 
-def _slices(counts: list[int]) -> list[tuple[int, slice]]:
-    rows, start = [], 0
-    for expert, num in enumerate(counts):
-        rows.append((expert, slice(start, start + num)))
-        start += num
-    return rows
+def _slices(ends: list[int]) -> list[tuple[int, slice]]:
+    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends))]
 
 
 class Experts(nn.Module):
@@ -159,7 +146,7 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
         self.selection_bias: nn.Parameter | None = None
-        if config.router in HAS_BIAS:
+        if config.router in ROUTERS_WITH_BIAS:
             self.selection_bias = nn.Parameter(torch.zeros(config.num_local_experts), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -54,12 +54,11 @@ def route_sigmoid(logits_TE: Tensor, num_experts_per_tok: int, bias_E: Tensor | 
     return Routing(experts_TA, weights_TA, scores_TE.softmax(dim=-1), logits_TE)
 
 
-# logits_TE, experts per token, and the selection bias of the routers in HAS_BIAS.
+# logits_TE, experts per token, and the selection bias of `settings.ROUTERS_WITH_BIAS`.
 ROUTERS: dict[str, Callable[[Tensor, int, Tensor | None], Routing]] = {
     "softmax": route_softmax,
     "sigmoid": route_sigmoid,
 }
-HAS_BIAS = ("sigmoid",)
 
 
 def jitter(x_TD: Tensor, draws_T: Tensor, layer: int, noise: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from ostro.errors import ConfigError, nearest
 
 Router = Literal["softmax", "sigmoid"]
+ROUTERS_WITH_BIAS = ("sigmoid",)  # whose choice a bias of each expert moves: one parameter more a layer
 Drop = Literal["token", "choice", "probability"]
 CapacityGroup = Literal["sequence", "rank"]
 Balance = Literal["sequence", "batch", "hf"]

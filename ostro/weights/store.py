@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ostro.errors import WeightsError
 from ostro.model import layout
-from ostro.model.settings import ModelConfig
+from ostro.model.settings import ROUTERS_WITH_BIAS, ModelConfig
 
 Where = tuple[int | slice, ...]
 """Indexes of the leading dims of a canonical tensor; () is all of it."""
@@ -285,11 +285,12 @@ def match_shapes(source: str, held: Mapping[str, Shape], wanted: Mapping[str, Sh
 
 
 def require_softmax(model: ModelConfig, format: str) -> None:
-    """Raise WeightsError for a router that `format` cannot describe: its selection bias would be lost."""
+    """Raise WeightsError for a router that `format` cannot describe: it would be lost, and its bias if it has one."""
     if model.router != "softmax":
+        bias = " with a selection bias" if model.router in ROUTERS_WITH_BIAS else ""
         raise WeightsError(
-            f"the model's router is {model.router!r} with a selection bias, and the format {format} has a place only "
-            "for Mixtral's softmax router: keep it as dcp, or train with moe.router=softmax to export it."
+            f"the model's router is {model.router!r}{bias}, and the format {format} has a place only for Mixtral's "
+            "softmax router: keep it as dcp, or train with moe.router=softmax to export it."
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import SMALL
 from torch import Tensor
 
 from ostro.model import routing
@@ -196,21 +197,11 @@ def test_dropped_choices_add_nothing_forwards_or_backwards(drop: Drop) -> None:
 
 
 def test_drops_are_counted_over_valid_tokens_and_loads_before_dropping() -> None:
-    config = ModelConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        initializer_range=0.3,
-    )
     valid = torch.arange(20) < 17
 
     def counted(factor: float | None) -> tuple[Tensor, list[int]]:
-        model, dropped = Mixtral(config, MoeConfig(capacity_factor=factor)), []
-        load_into(model, RandomReader(config))
+        model, dropped = Mixtral(SMALL, MoeConfig(capacity_factor=factor)), []
+        load_into(model, RandomReader(SMALL))
         stats = torch.zeros(2, routing.num_stats(4), dtype=torch.float64)
 
         def note(_: object, inputs: object, outputs: tuple[Tensor, Routing, Tensor]) -> None:

@@ -23,6 +23,7 @@ from ostro.model.kernels.grouped import run_ordered, run_ordered_output_weighted
 from ostro.model.kernels.order import Order, order_by_expert
 from ostro.model.moe import dispatch_grouped, dispatch_loop
 from ostro.model.routing import Routing, route_softmax
+from ostro.model.settings import ModelConfig, MoeConfig
 
 WHERE = device.accelerator() if device.is_cuda(device.accelerator()) else torch.device("cpu")
 CAN_RUN = kernels.has_triton() and (WHERE.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1")
@@ -305,3 +306,40 @@ def test_the_gpu_benchmark_runs_whole_at_tiny_dims(tmp_path: Path) -> None:
     assert {("experts", name) for name in ours} <= timed
     assert {("attention", "documents"), ("cross-entropy", "by chunks"), ("training", "1 layers")} <= timed
     assert sum("right" in row for row in rows) >= 8
+
+
+@pytest.mark.parametrize(
+    ("moe", "widths", "dtype", "capability", "sentence"),
+    [
+        ({"kernels": "auto"}, (20, 20), torch.float32, 80, None),
+        ({"kernels": "triton"}, (24, 40), torch.bfloat16, 80, None),
+        ({"fp8": True}, (32, 48), torch.bfloat16, 90, None),
+        (
+            {"fp8": True},
+            (32, 48),
+            torch.bfloat16,
+            80,
+            "moe.fp8=true needs a GPU of SM90 and this is a card: leave it out.",
+        ),
+        ({"kernels": "triton"}, (32, 48), torch.float32, 90, "moe.kernels=triton needs train.dtype=bf16"),
+        (
+            {"fp8": True},
+            (24, 48),
+            torch.bfloat16,
+            90,
+            "moe.fp8=true needs multiples of 16 and finds model.hidden_size=24",
+        ),
+        ({"kernels": "triton"}, (32, 20), torch.bfloat16, 90, "moe.kernels=triton needs multiples of 8"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    moe: dict, widths: tuple[int, int], dtype: torch.dtype, capability: int, sentence: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
+    monkeypatch.setattr(device, "name", lambda where: "a card")
+    hidden, ffn = widths
+    model = ModelConfig(hidden_size=hidden, intermediate_size=ffn, num_attention_heads=2, num_key_value_heads=1)
+    found = kernels.why_not(MoeConfig(**moe), model, dtype, torch.device("cuda"))
+    assert found is None if sentence is None else (found or "").startswith(sentence)

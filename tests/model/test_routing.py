@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import SMALL
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -18,12 +19,14 @@ from ostro.errors import ConfigError
 from ostro.model import balance, layout, routing
 from ostro.model.capacity import within_capacity
 from ostro.model.mixtral import Mixtral
-from ostro.model.routing import HAS_BIAS, ROUTERS, Routing, jitter
-from ostro.model.settings import Balance, CapacityGroup, Drop, ModelConfig, MoeConfig
+from ostro.model.routing import ROUTERS, Routing, jitter
+from ostro.model.settings import ROUTERS_WITH_BIAS, Balance, CapacityGroup, Drop, MoeConfig
 from ostro.model.spans import Spans, spans_of
 from ostro.weights import RandomReader, load_into
 
-BIASES = [(router, has_bias) for router in ROUTERS for has_bias in ([False, True] if router in HAS_BIAS else [False])]
+BIASES = [
+    (router, has_bias) for router in ROUTERS for has_bias in ([False, True] if router in ROUTERS_WITH_BIAS else [False])
+]
 
 
 @pytest.mark.parametrize(("router", "has_bias"), BIASES)
@@ -121,20 +124,8 @@ def test_jitter_is_uniform_and_a_function_of_token_layer_and_channel() -> None:
         assert ((other - 1) * (factors - 1)).mean().abs() < 1e-4
 
 
-CONFIG = ModelConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    num_local_experts=4,
-    initializer_range=0.3,
-)
-
-
 def model(moe: MoeConfig, router: str = "softmax") -> Mixtral:
-    config = dataclasses.replace(CONFIG, router=router)
+    config = dataclasses.replace(SMALL, router=router)
     built = Mixtral(config, moe)
     load_into(built, RandomReader(config, 1))
     return built
@@ -274,7 +265,7 @@ def test_the_selection_bias_is_in_the_table_and_has_no_gradient() -> None:
     bias = built.blocks[1].block_sparse_moe.gate.selection_bias
     assert bias is not None
     assert (bias.requires_grad, bias.abs().max().item()) == (False, 0.0)
-    assert not any("bias" in name for name in layout.table(CONFIG))
+    assert not any("bias" in name for name in layout.table(SMALL))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor
 from ostro import device
 from ostro.model.kernels import plain
 from ostro.model.kernels.order import Order
+from ostro.model.settings import ModelConfig, MoeConfig
 
 Permute = Callable[[Tensor, Order], Tensor]
 Unpermute = Callable[[Tensor, Tensor | None, Order], Tensor]
@@ -65,16 +66,24 @@ def compute_capability() -> int:
     return arch if isinstance(arch, int) else 0
 
 
-def why_not(kernels: str, use_fp8: bool, where: torch.device) -> str | None:
-    """Return why these settings (`moe.kernels`, `moe.fp8`) cannot be had on a device, or None."""
-    is_gpu = device.is_cuda(where)
-    if kernels == "triton" and not has_triton():
-        return "moe.kernels=triton needs Triton, which is not installed: install it, or set moe.kernels=auto."
-    if kernels == "triton" and not is_gpu:
-        return f"moe.kernels=triton needs a GPU and this is {device.name(where)}: set moe.kernels=auto."
-    if use_fp8 and not (is_gpu and compute_capability() == 90):
-        return f"moe.fp8=true needs a GPU of SM90 and Triton, and this is {device.name(where)}: leave it out."
-    return None
+def why_not(moe: MoeConfig, model: ModelConfig, dtype: torch.dtype, where: torch.device) -> str | None:
+    """Return why `moe.kernels` or `moe.fp8` would do nothing on a device, for a model computed in `dtype`, or None."""
+    if moe.kernels != "triton" and not moe.fp8:
+        return None
+    asked, instead = ("moe.fp8=true", "leave it out") if moe.fp8 else ("moe.kernels=triton", "set moe.kernels=auto")
+    multiple = 16 if moe.fp8 else 8  # of values in a row, for torch's grouped products
+    widths = f"model.hidden_size={model.hidden_size} and model.intermediate_size={model.intermediate_size}"
+    wanting = (
+        (not has_triton(), f"Triton, which is not installed: install it, or {instead}"),
+        (not device.is_cuda(where), f"a GPU and this is {device.name(where)}: {instead}"),
+        (moe.fp8 and compute_capability() != 90, f"a GPU of SM90 and this is {device.name(where)}: {instead}"),
+        (dtype != torch.bfloat16, f"train.dtype=bf16, which grouped products take alone: set it, or {instead}"),
+        (
+            bool(model.hidden_size % multiple or model.intermediate_size % multiple),
+            f"multiples of {multiple} and finds {widths}: change them, or {instead}",
+        ),
+    )
+    return next((f"{asked} needs {what}." for is_wanting, what in wanting if is_wanting), None)
 
 
 def choose(kernels: str, where: torch.device) -> Passes:
