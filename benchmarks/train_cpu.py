@@ -49,7 +49,7 @@ def ostro_step(size: str, precision: str) -> Any:
     from ostro.model.mixtral import Mixtral
     from ostro.model.settings import MoeConfig
     from ostro.model.spans import spans_of
-    from ostro.optim import build_optimizer, clip_grad_norm
+    from ostro.optim import build_optimizer
     from ostro.weights.store import RandomReader, load_into
 
     keep_freed_memory()
@@ -58,14 +58,14 @@ def ostro_step(size: str, precision: str) -> Any:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = Mixtral(config, MoeConfig(), dtype)
     load_into(model, RandomReader(config))
-    optimizer = build_optimizer(model, config, Optim())
+    optimizer = build_optimizer(dict(model.named_parameters()), config, Optim())
     tokens = torch.randint(32000, (sequences * length,))
     weights = torch.ones(len(tokens))
 
     def step() -> None:
         spans = spans_of([length] * sequences, balance_scale=1 / len(tokens))
         (model.loss(tokens, spans, tokens.roll(-1), weights) / len(tokens)).backward()
-        clip_grad_norm(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

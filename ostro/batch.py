@@ -23,34 +23,46 @@ class Batch:
     spans: Spans
 
 
+# For a rank without a row where others have some: a token that counts for nothing.
+NO_ROW = Row(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), ())
+
+
 def batch_of(
     rows: Sequence[Row],
     device: torch.device,
     *,
     balance_scale: float = 0.0,
     stats_LS: Tensor | None = None,
-    draws_from: int | None = None,
+    draws_from: Sequence[int] | None = None,
+    multiple: int = 1,
 ) -> Batch:
     """Lay rows one after another; each is a sequence, made of its documents.
 
-    `draws_from` is the first token's number among all tokens of the training, which jitter is drawn from; None draws
-    none.
+    `draws_from` is for each row its first token's number among all tokens of the training, which jitter is drawn from;
+    None draws none. Rows are padded to a `multiple` of tokens: the padding is a document that counts for nothing.
     """
-    num_tokens = sum(len(row.tokens_L) for row in rows)
+    padding = [-len(row.tokens_L) % multiple or (0 if len(row.tokens_L) else multiple) for row in rows]
+    lengths = [len(row.tokens_L) + more for row, more in zip(rows, padding, strict=True)]
+    documents = [(*row.document_lengths, more) for row, more in zip(rows, padding, strict=True)]
+    valid = [torch.arange(n) < len(row.tokens_L) for row, n in zip(rows, lengths, strict=True)]
 
     def tensor(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device)
+        padded = [np.pad(array, (0, more)) if more else array for array, more in zip(arrays, padding, strict=True)]
+        return torch.from_numpy(np.concatenate(padded)).to(device)
 
     return Batch(
         tokens_T=tensor([row.tokens_L for row in rows]),
         labels_T=tensor([row.labels_L for row in rows]),
         weights_T=tensor([row.weights_L for row in rows]),
         spans=spans_of(
-            [n for row in rows for n in row.document_lengths],
-            [len(row.tokens_L) for row in rows],
+            [n for row in documents for n in row if n],
+            lengths,
+            valid_T=torch.cat(valid),
             balance_scale=balance_scale,
             stats_LS=stats_LS,
-            draws_T=None if draws_from is None else draws_from + torch.arange(num_tokens),
+            draws_T=None
+            if draws_from is None
+            else torch.cat([first + torch.arange(n) for first, n in zip(draws_from, lengths, strict=True)]),
             device=device,
         ),
     )

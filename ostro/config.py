@@ -16,8 +16,10 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ostro.degrees import Degrees
 from ostro.errors import ConfigError, nearest
 from ostro.model.settings import Balance, CapacityGroup, Drop, Kernels, ModelConfig, MoeConfig, Router
+from ostro.overrides import parse_overrides, read_yaml, set_key
 
 RECIPES = Path(__file__).parent / "recipes"
 PRESETS = RECIPES / "models"
@@ -87,8 +89,8 @@ class Train(Section):
     master_dtype: Literal["fp32"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**63)
     exact: bool = False
-    recompute: Literal["none"] = "none"
-    compile: Literal[False] = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
     eval_every: int = Field(default=0, ge=0)
 
 
@@ -146,16 +148,71 @@ class Moe(Section):
 
 
 class Parallel(Section):
-    """Degrees of parallelism; this version trains in one process, so every degree is 1."""
+    """Degrees of parallelism (`degrees.Degrees`), whose product is the number of processes, and how they work.
 
-    dp: Literal[1] = 1
-    fsdp: Literal[1] = 1
-    tp: Literal[1] = 1
-    ep: Literal[1] = 1
-    pp: Literal[1] = 1
-    cp: Literal[1] = 1
-    micro_batch_num: Literal[1] = 1
-    schedule: Literal["1f1b"] = "1f1b"
+    `tp` comes with sequence parallel. `etp` cuts the experts' inner dim: 1, or the same as tp. `micro_batch_num` is the
+    global batch over (dp·fsdp·micro-batch): given, it must be that. `schedule` 1f1b and zero_bubble have one stage a
+    rank, interleaved has `virtual_stages`; `stage_layers` says how many layers each stage has (null: equally many).
+    `vocab_emb_dp` leaves embedding and head uncut by tp; `gradient_aggregation_group` blocks are gathered and reduced
+    together; `gradient_accumulation_shard` reduces gradients with every micro-batch instead of once a step.
+
+    MindFormers' words are taken for these: data_parallel (which with its parallel optimizer shards: our fsdp),
+    model_parallel (tp and etp), expert_parallel, pipeline_stage, context_parallel, use_seq_parallel.
+    """
+
+    dp: int = Field(default=1, ge=1)
+    fsdp: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    etp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    micro_batch_num: int | None = Field(default=None, ge=1)
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    virtual_stages: int = Field(default=1, ge=1)
+    stage_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    vocab_emb_dp: bool = False
+    gradient_aggregation_group: int = Field(default=1, ge=1)
+    gradient_accumulation_shard: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mindformers(cls, fields: Any) -> Any:
+        return _translated(fields) if isinstance(fields, dict) else fields
+
+    def degrees(self) -> Degrees:
+        """Return the degrees alone."""
+        return Degrees(
+            self.dp, self.fsdp, self.tp, self.ep, self.pp, self.cp, self.etp, vocab_emb_dp=int(self.vocab_emb_dp)
+        )
+
+
+# MindFormers' words for degrees; its tensor parallel cuts the experts too.
+_MINDFORMERS = {
+    "data_parallel": ("fsdp",),
+    "model_parallel": ("tp", "etp"),
+    "expert_parallel": ("ep",),
+    "pipeline_stage": ("pp",),
+    "context_parallel": ("cp",),
+}
+
+
+def _translated(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a parallel section in Ostro's words; ValueError where it says a thing in both, or what would be untrue."""
+    ours = {key: value for key, value in fields.items() if key not in _MINDFORMERS}
+    for word, names in _MINDFORMERS.items():
+        if word in fields:
+            twice = [name for name in names if name in ours]
+            if twice:
+                raise ValueError(f"{word} and {twice[0]} say the same: leave one of them out")
+            ours |= dict.fromkeys(names, fields[word])
+    sequence = ours.pop("use_seq_parallel", None)
+    if sequence is False and ours.get("tp", 1) != 1:
+        raise ValueError(
+            f"use_seq_parallel=false with tp={ours['tp']}: Ostro's tensor parallel always cuts the sequence between "
+            "blocks too, which sends as much and keeps less: leave it out"
+        )
+    return ours
 
 
 class Checkpoint(Section):
@@ -250,13 +307,9 @@ class Config(Section):
 # What a key can become in a later version; asking for it now is answered with what is true now.
 _NOT_YET = {
     "weights.upcycle": "upcycling a dense model is not there yet",
-    "train.recompute": "recomputing activations is not there yet",
-    "train.compile": "torch.compile is not applied yet",
     "train.dtype": "this version computes in bf16 or fp32",
     "train.master_dtype": "this version keeps fp32 master weights",
     "lora": "LoRA is not there yet",
-    "parallel.schedule": "there is no pipeline yet",
-    "parallel": "this version trains in one process, so every degree is 1",
     "checkpoint.async": "this version writes checkpoints synchronously",
 }
 
@@ -299,76 +352,11 @@ def recipe_path(name: str | Path) -> Path:
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe (a shipped name or a YAML file), apply overrides, and return the config; or raise ConfigError."""
     path = recipe_path(name)
-    fields, lines = _read_yaml(path)
+    fields, lines = read_yaml(path)
     for key, value in parse_overrides(overrides):
-        _set(fields, key, value)
+        set_key(fields, key, value)
         lines[key] = "the command line"
     return _build(fields, lines)
-
-
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of `a.b=c`, `--a.b=c` and `--a.b c`; values are read as YAML."""
-    pairs, rest = [], list(arguments)
-    while rest:
-        word = rest.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not equals:
-            if not word.startswith("--") or not rest:
-                raise ConfigError(f"{word!r} is not an override; write section.key=value.")
-            text = rest.pop(0)
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            value = text
-        pairs.append((key, value))
-    return pairs
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        fields = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path} line {mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where} is not YAML: {getattr(error, 'problem', error)}.") from None
-    if fields is None:
-        return {}, {}
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds a {type(fields).__name__}; a recipe is a mapping of sections.")
-    lines: dict[str, str] = {}
-
-    def visit(node: yaml.Node, prefix: str) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                name = f"{prefix}{key.value}"
-                lines[name] = f"{path.name} line {key.start_mark.line + 1}"
-                visit(value, f"{name}.")
-
-    assert node is not None
-    for key in fields:
-        if not isinstance(key, str):
-            raise ConfigError(f"{path} has the key {key!r}; the keys of a recipe are names of sections.")
-    visit(node, "")
-    return fields, lines
-
-
-def _set(fields: dict[str, Any], key: str, value: Any) -> None:
-    names = key.split(".")
-    for i, name in enumerate(names[:-1]):
-        below = fields.get(name)
-        if name == "model" and i == 0 and isinstance(below, str):
-            below = {"preset": below}
-        if below is None:
-            below = {}
-        if not isinstance(below, dict):
-            raise ConfigError(f"{key} cannot be set: {'.'.join(names[: i + 1])} is {below!r}, not a section.")
-        fields[name] = below
-        fields = below
-    fields[names[-1]] = value
 
 
 def _build(fields: dict[str, Any], lines: Mapping[str, str]) -> Config:

@@ -45,8 +45,8 @@ class Degrees:
     """Ostro's own degrees. Ranks are the row-major coordinates of (pp, dp, fsdp, cp, tp).
 
     `dp` replicates, `fsdp` shards, `cp` cuts the sequence and shards parameters as fsdp does, `tp` cuts heads,
-    vocabulary and (with `etp` = tp) the experts' inner dim, `pp` cuts layers. Experts see the same ranks as
-    (pp, dp, efsdp, ep, etp).
+    vocabulary (unless `vocab_emb_dp`: MindFormers' word) and (with `etp` = tp) the experts' inner dim, `pp` cuts
+    layers. Experts see the same ranks as (pp, dp, efsdp, ep, etp).
     """
 
     dp: int = 1
@@ -56,6 +56,7 @@ class Degrees:
     pp: int = 1
     cp: int = 1
     etp: int = 1
+    vocab_emb_dp: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -66,8 +67,11 @@ class Degrees:
         """How many ranks share the shards of an expert."""
         return self.fsdp * self.cp * self.tp // (self.ep * self.etp)
 
-    def check(self, model: ModelConfig) -> None:
-        """Raise LayoutError for degrees that contradict each other or do not divide the model's sizes."""
+    def check(self, model: ModelConfig, *, stages_differ: bool = False) -> None:
+        """Raise LayoutError for degrees that contradict each other or do not divide the model's sizes.
+
+        With `stages_differ` pipeline stages need not have equally many layers.
+        """
         if self.etp not in (1, self.tp):
             raise LayoutError(f"etp={self.etp} must be 1 or tp={self.tp}.")
         if self.fsdp * self.cp * self.tp % (self.ep * self.etp):
@@ -81,9 +85,12 @@ class Degrees:
             "pp": "num_hidden_layers",
             "etp": "intermediate_size",
         }
+        if stages_differ:
+            del sizes["pp"]
         named = {name: (setting, getattr(model, setting)) for name, setting in sizes.items()}
         require_divides(dataclasses.asdict(self), named)
-        require_divides({"tp": self.tp}, {"tp": ("vocab_size", model.vocab_size)})
+        if not self.vocab_emb_dp:
+            require_divides({"tp": self.tp}, {"tp": ("vocab_size", model.vocab_size)})
 
     def box(
         self, rank: int, dims: Sequence[str], shape: Sequence[int], stage: int | None
@@ -91,30 +98,50 @@ class Degrees:
         """Return offsets and sizes of what a rank holds of a parameter of a stage (None: any); None if nothing.
 
         `dims` are the parameter's logical dims. Where fsdp does not divide dim 0 the last ranks hold less, as FSDP2
-        has it; experts of which each rank would have less than one are cut along `ffn` instead.
+        has it; experts of which each rank would have less than one are cut along `ffn` instead. Norms and the router
+        are whole on every rank.
         """
-        place, pp = divmod(rank, self.num_ranks // self.pp)[1], rank // (self.num_ranks // self.pp)
-        if stage is not None and stage != pp:
+        if stage is not None and stage != rank // (self.num_ranks // self.pp):
             return None
-        place %= self.fsdp * self.cp * self.tp
-        if "expert" in dims and len(dims) > 2:
-            group, inner = divmod(place, self.ep * self.etp)
-            expert, ffn = divmod(inner, self.etp)
-            cuts = [("expert", expert, self.ep), ("ffn", ffn, self.etp)]
-            is_whole = shape[0] // self.ep % self.efsdp == 0
-            cuts.append(("expert" if is_whole else "ffn", group, self.efsdp))
-        else:
-            group, inner = divmod(place, self.tp)
-            cuts = [(name, inner, self.tp) for name in ("vocab", "heads", "kv_heads") if name in dims]
-            cuts.append((dims[0], group, self.fsdp * self.cp))
         offsets, sizes = [0] * len(shape), list(shape)
-        for name, index, parts in cuts:
+        for name, index, parts in (*self._cuts(rank, dims), *self._shards(rank, dims, shape)):
             dim = dims.index(name)
             each = -(-sizes[dim] // parts)
             start = min(index * each, sizes[dim])
             offsets[dim] += start
             sizes[dim] = min(each, sizes[dim] - start)
         return (tuple(offsets), tuple(sizes)) if all(sizes) else None
+
+    def part(self, dims: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape that is left of a parameter where tp, ep and etp have cut it, before it is sharded."""
+        sizes = list(shape)
+        for name, _, parts in self._cuts(0, dims):
+            sizes[dims.index(name)] //= parts
+        return tuple(sizes)
+
+    def _cuts(self, rank: int, dims: Sequence[str]) -> list[tuple[str, int, int]]:
+        """Return (dim, which part, of how many) that tp, ep and etp make of a parameter."""
+        if _is_expert(dims):
+            place = rank % (self.ep * self.etp)
+            return [("expert", place // self.etp, self.ep), ("ffn", place % self.etp, self.etp)]
+        cut = ("heads", "kv_heads") if self.vocab_emb_dp else ("vocab", "heads", "kv_heads")
+        return [(name, rank % self.tp, self.tp) for name in cut if name in dims]
+
+    def _shards(self, rank: int, dims: Sequence[str], shape: Sequence[int]) -> list[tuple[str, int, int]]:
+        """Return (dim, which part, of how many) that is made of it besides: fsdp and cp, and efsdp."""
+        place = rank % (self.fsdp * self.cp * self.tp)
+        if _is_expert(dims):
+            is_whole = shape[0] // self.ep % self.efsdp == 0
+            return [("expert" if is_whole else "ffn", place // (self.ep * self.etp), self.efsdp)]
+        if len(dims) == 1 or "expert" in dims:  # norms and the router
+            return []
+        if "vocab" in dims and self.vocab_emb_dp:
+            return [("vocab", place, self.fsdp * self.cp * self.tp)]
+        return [(dims[0], place // self.tp, self.fsdp * self.cp)]
+
+
+def _is_expert(dims: Sequence[str]) -> bool:
+    return "expert" in dims and len(dims) > 2
 
 
 def require_divides(degrees: Mapping[str, int], sizes: Mapping[str, tuple[str, int]]) -> None:
@@ -136,6 +163,26 @@ def host_ranks(num_ranks: int, host: int, num_hosts: int) -> range:
         )
     each = num_ranks // num_hosts
     return range(host * each, (host + 1) * each)
+
+
+def stage_layers(num_layers: int, num_stages: int, given: Sequence[int] | None = None) -> list[range]:
+    """Return each pipeline stage's layers: `given` many, or equally many, the first stages one more where they must.
+
+    Raises LayoutError where `given` is not one number of at least 1 a stage, or does not add up.
+    """
+    if num_stages > num_layers:
+        raise LayoutError(
+            f"pp·virtual_stages={num_stages} is more than num_hidden_layers={num_layers}: each stage needs a layer."
+        )
+    more = num_layers % num_stages
+    counts = list(given or [num_layers // num_stages + (stage < more) for stage in range(num_stages)])
+    if len(counts) != num_stages or min(counts) < 1 or sum(counts) != num_layers:
+        raise LayoutError(
+            f"parallel.stage_layers={counts} must be {num_stages} numbers of at least 1 that add up to "
+            f"num_hidden_layers={num_layers}."
+        )
+    firsts = [sum(counts[:stage]) for stage in range(num_stages)]
+    return [range(first, first + count) for first, count in zip(firsts, counts, strict=True)]
 
 
 def stage_of(layer: int, num_layers: int, num_stages: int) -> int:

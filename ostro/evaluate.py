@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 
-from ostro.batch import batch_of
+from ostro.batch import NO_ROW, batch_of
 from ostro.data.loader import Loader, packing_of
 from ostro.data.packing import Packing
 from ostro.data.shards import Shards
 from ostro.errors import DataError, TrainError
 from ostro.model import routing
 from ostro.model.mixtral import Mixtral
+from ostro.parallel.apply import World, alone
 
 # Tokens of one forward pass, whole rows of them.
 _BATCH_TOKENS = 8192
@@ -45,7 +46,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Mixtral,
+    model: Mixtral | World,
     shards: Sequence[Shards],
     seq_length: int,
     packing: Packing | Literal["auto"] = "auto",
@@ -66,23 +67,28 @@ def evaluate(
         packing=packing_of(shards, packing),
         pad_token_id=pad_token_id,
     )
-    config, device = model.config, model.head_weight.device
+    world = model if isinstance(model, World) else alone(model)
+    config, device, mesh = world.model, world.mesh.device, world.mesh
     stats_LS = torch.zeros(
         config.num_hidden_layers,
         routing.num_stats(config.num_local_experts),
         dtype=torch.float64,
         device=device,
     )
-    total, weight = 0.0, 0.0
-    was_training = model.training
-    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    was_training = world.is_training
+    world.train(False)
     rows_at_once = max(1, _BATCH_TOKENS // seq_length)
-    for first in range(0, loader.num_rows, rows_at_once):
-        rows = [loader.row(i) for i in range(first, min(first + rows_at_once, loader.num_rows))]
-        batch = batch_of(rows, device, stats_LS=stats_LS)
-        total += model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T).item()
-        weight += batch.weights_T.sum().item()
-    model.train(was_training)
+    for block in range(0, loader.num_rows, mesh.num_data_ranks * rows_at_once):
+        first = block + mesh.data_rank * rows_at_once
+        rows = [loader.row(i) for i in range(first, min(first + rows_at_once, loader.num_rows))] or [NO_ROW]
+        batch = batch_of(rows, device, stats_LS=stats_LS, multiple=world.multiple)
+        sums[0] += world.score(batch)
+        sums[1] += batch.weights_T.sum() if world.counts_data else 0
+    world.train(was_training)
+    for each in (sums, stats_LS):
+        world.sum_over_ranks(each)
+    total, weight = sums.tolist()
     if not math.isfinite(total):
         raise TrainError("the loss of the evaluation is not finite: the weights are damaged or have diverged.")
     if not weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,22 @@ from ostro.model import layout
 from ostro.model.settings import ModelConfig
 
 
-def build_optimizer(module: nn.Module, model: ModelConfig, optim: Optim) -> torch.optim.AdamW:
+def build_optimizer(parameters: Mapping[str, nn.Parameter], model: ModelConfig, optim: Optim) -> torch.optim.AdamW:
     """Return AdamW over what requires a gradient, with its state allocated; decay falls on matrices only.
 
     The router's selection bias is left alone: it has a rule of its own (`model.balance.update_bias`). The state is
     there before the first step, so that a checkpoint can be read straight into it.
     """
     table = layout.table(model)
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if table[name].kind.is_matrix]
-    vectors = [p for name, p in trained if not table[name].kind.is_matrix]
+    trained = [(name, p) for name, p in parameters.items() if p.requires_grad]
+    # One group never mixes what is sharded over different meshes, or not at all.
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for name, p in trained:
+        groups.setdefault((table[name].kind.is_matrix, id(getattr(p, "device_mesh", None))), []).append(p)
     optimizer = torch.optim.AdamW(
         [
-            {"params": matrices, "weight_decay": optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": group, "weight_decay": optim.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), group in groups.items()
         ],
         lr=optim.learning_rate,
         betas=optim.betas,
@@ -42,10 +44,10 @@ def build_optimizer(module: nn.Module, model: ModelConfig, optim: Optim) -> torc
     return optimizer
 
 
-def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the tensors of a training checkpoint by name: `model.<parameter>` and `optim.<parameter>.<state>`."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim.{name}.{key}"] = value
@@ -58,9 +60,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradients so that their joint 2-norm is at most `max_norm`; return the norm before."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Return what gradients of this joint 2-norm are multiplied by, so that it is at most `max_norm`."""
+    return min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s own
 
 
 def _warmup_steps(optim: Optim, total_steps: int) -> int:

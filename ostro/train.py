@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ from ostro import log
 from ostro.batch import batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
-from ostro.data.loader import Loader, Row
+from ostro.data.loader import Loader
 from ostro.data.shards import Shards
 from ostro.data.sources import parse_weight
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,13 +29,14 @@ from ostro.dataset import open_data, open_loader
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
-from ostro.model import kernels, layout, ops, routing
-from ostro.model.balance import update_bias
+from ostro.model import kernels, layout, routing
 from ostro.model.mixtral import Mixtral
-from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
+from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
+from ostro.parallel.apply import World, load_world, parallelize
+from ostro.parallel.mesh import open_mesh
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
-from ostro.weights.store import RandomReader, Reader, architecture_difference, load_into
+from ostro.weights.store import RandomReader, Reader, architecture_difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,17 @@ class Run:
     tokenizer: Tokenizer
     loader: Loader
     eval_shards: list[Shards]
-    model: Mixtral
+    world: World
     optimizer: torch.optim.AdamW
     total_steps: int
     data_sha256: str
     step: int = 0
     num_tokens: int = 0
+
+    @property
+    def model(self) -> Mixtral:
+        """The model, or this rank's first stage of it."""
+        return self.world.pipeline.stages[0].model
 
     @property
     def checkpoints(self) -> Path:
@@ -111,7 +116,7 @@ def set_up(config: Config) -> Run:
     eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
     if device.type == "cpu":
         keep_freed_memory()  # not before: preparing data gives back what its encoder had
-    model = Mixtral(config.model, config.moe.settings(), compute_dtype(config, device), config.train.exact).to(device)
+    world = parallelize(config, open_mesh(config.parallel.degrees(), device), compute_dtype(config, device))
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -119,8 +124,8 @@ def set_up(config: Config) -> Run:
         tokenizer=tokenizer,
         loader=loader,
         eval_shards=eval_shards,
-        model=model,
-        optimizer=build_optimizer(model, config.model, config.optim),
+        world=world,
+        optimizer=build_optimizer(world.parameters(), config.model, config.optim),
         total_steps=_total_steps(config, loader),
         data_sha256=token_shards.fingerprint(shards),
     )
@@ -132,7 +137,7 @@ def set_up(config: Config) -> Run:
     if newest is not None:
         _resume(run, newest)
     else:
-        load_into(model, _start_weights(config, tokenizer))
+        load_world(world, _start_weights(config, tokenizer))
     _write_run_files(run)
     return run
 
@@ -227,66 +232,62 @@ def _write_run_files(run: Run) -> None:
 
 
 def train_step(run: Run) -> StepStats:
-    """Do one update: accumulate over micro-batches weighted by valid tokens, clip, and step."""
-    config, model = run.config, run.model
-    rows = run.loader.rows(run.step, config.train.global_batch_sequences)
-    num_labels = float(sum(row.weights_L.sum() for row in rows))
+    """Do one update: accumulate over micro-batches weighted by valid tokens, clip, and step.
+
+    Every rank of the run does so at the same time; all of them return the same.
+    """
+    config, world, device = run.config, run.world, run.device
+    mesh, train = world.mesh, config.train
+    rows = run.loader.rows(run.step, train.global_batch_sequences, mesh.data_rank, mesh.num_data_ranks)
+    counted = rows if world.counts_data else []
+    flops = layout.training_flops(config.model, [n for row in counted for n in row.document_lengths])
+    totals = [sum(float(row.weights_L.sum()) for row in counted), sum(len(row.tokens_L) for row in counted), flops]
+    num_labels, num_tokens, flops = world.sum_over_ranks(
+        torch.tensor(totals, dtype=torch.float64, device=device)
+    ).tolist()
     if num_labels == 0:
         raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {why_none(rows)}.")
-    num_tokens = sum(len(row.tokens_L) for row in rows)
-    stats_LS = torch.zeros(
-        config.model.num_hidden_layers,
-        routing.num_stats(config.model.num_local_experts),
-        dtype=torch.float64,
-        device=run.device,
-    )
-    loss = torch.zeros((), dtype=torch.float32, device=run.device)
-    done = 0
-    micro_batches = _micro_batches(rows, config.train.micro_batch_sequences)
-    # With one there is nothing to save, and the copies would outlive their layers.
-    with ops.weights_cast_once() if len(micro_batches) > 1 else contextlib.nullcontext():
-        for micro in micro_batches:
-            batch = batch_of(
-                micro,
-                run.device,
-                balance_scale=1.0 / num_tokens,
-                stats_LS=stats_LS,
-                draws_from=_draws_from(run, done) if config.moe.router_jitter_noise else None,
-            )
-            done += len(batch.tokens_T)
-            part = model.loss(batch.tokens_T, batch.spans, batch.labels_T, batch.weights_T) / num_labels
-            part.backward()
-            loss += part.detach()
-    grad_norm = clip_grad_norm(model.parameters(), config.optim.max_grad_norm)
-    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
+    num_stats = routing.num_stats(config.model.num_local_experts)
+    stats_LS = torch.zeros(config.model.num_hidden_layers, num_stats, dtype=torch.float64, device=device)
+    batches = [
+        batch_of(
+            rows[first : first + train.micro_batch_sequences],
+            device,
+            balance_scale=1.0 / num_tokens,
+            stats_LS=stats_LS,
+            draws_from=_draws_from(run, first) if config.moe.router_jitter_noise else None,
+            multiple=world.multiple,
+        )
+        for first in range(0, len(rows), train.micro_batch_sequences)
+    ]
+    part = world.forward_backward(batches, 1.0 / num_labels)
+    sums = torch.stack([part.double(), world.squared_grad_norm()])
+    for each in (sums, stats_LS):
+        world.sum_over_ranks(each)
+    loss, grad_norm = sums[0].item(), math.sqrt(sums[1].item())
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise TrainError(
-            f"step {run.step + 1}: the loss is {loss.item()} and the gradient's norm {grad_norm}; nothing was updated. "
+            f"step {run.step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; nothing was updated. "
             "Lower optim.learning_rate, or look at this step's data."
         )
+    world.scale_gradients(clip_factor(grad_norm, config.optim.max_grad_norm))
     rate = learning_rate(config.optim, run.step, run.total_steps)
     set_learning_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    for layer, block in model.blocks.items():
-        bias_E = block.block_sparse_moe.gate.selection_bias
-        if bias_E is not None:
-            update_bias(bias_E, stats_LS[layer, : len(bias_E)], config.moe.bias_update_rate)
+    world.update_biases(stats_LS, config.moe.bias_update_rate)
     run.step += 1
-    run.num_tokens += num_tokens
-    lengths = [n for row in rows for n in row.document_lengths]
-    flops = layout.training_flops(config.model, lengths)
-    return StepStats(loss.item(), grad_norm, rate, num_tokens, flops, stats_LS)
+    run.num_tokens += int(num_tokens)
+    return StepStats(loss, grad_norm, rate, int(num_tokens), flops, stats_LS)
 
 
-def _draws_from(run: Run, done: int) -> int:
-    """Return the number jitter is drawn from for the token after `done` of this step, other seeds far away."""
-    train = run.config.train
-    token = run.step * train.global_batch_sequences * run.config.data.seq_length + done
-    return (train.seed * 0x9E3779B97F4A7C15 + token) % (1 << 62)
-
-
-def _micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def _draws_from(run: Run, first: int) -> list[int]:
+    """Return the numbers jitter is drawn from for this rank's rows from `first` on, other seeds far away."""
+    train, mesh = run.config.train, run.world.mesh
+    count = train.global_batch_sequences
+    row = run.step * count + mesh.data_rank * (count // mesh.num_data_ranks) + first
+    numbers = range(row, row + train.micro_batch_sequences)
+    return [(train.seed * 0x9E3779B97F4A7C15 + number * run.config.data.seq_length) % (1 << 62) for number in numbers]
 
 
 def _loop(run: Run) -> Outcome:
@@ -310,7 +311,7 @@ def _loop(run: Run) -> Outcome:
                 profiler = None
             if run.eval_shards and config.train.eval_every and run.step % config.train.eval_every == 0:
                 data = config.data
-                row |= evaluate(run.model, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
+                row |= evaluate(run.world, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
             metrics.write(row)
             progress.show(row)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
@@ -384,7 +385,7 @@ def _save(run: Run, progress: log.Progress, saved: int) -> int:
     }
     folder = dcp.step_folder(run.checkpoints, run.step)
     try:
-        dcp.save(folder, state_tensors(run.model, run.optimizer), state)
+        dcp.save(folder, state_tensors(run.world.parameters(), run.optimizer), state)
     except OutOfMemory as error:
         if run.step == run.total_steps or dcp.latest(run.checkpoints) is None:
             raise
@@ -438,7 +439,7 @@ def _resume(run: Run, folder: Path) -> None:
                 log.say(
                     f"from step {state['step']} on, {section}.{key} is {value!r} instead of {earlier!r}", style="yellow"
                 )
-    dcp.load(folder, state_tensors(run.model, run.optimizer))
+    dcp.load(folder, state_tensors(run.world.parameters(), run.optimizer))
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
     run.step, run.num_tokens = state["step"], state["num_tokens"]
     done = run.step >= run.total_steps

@@ -25,9 +25,11 @@ LAYERS = (
     ("train",),
     ("evaluate", "report", "verify", "inspection"),
     ("serve",),
-    ("parallel", "weights", "optim", "batch", "dataset"),
+    ("parallel",),
+    ("weights", "optim", "batch", "dataset"),
     ("model", "data"),
-    ("config", "degrees", "log"),
+    ("config", "log"),
+    ("degrees", "overrides"),
     ("device", "model.settings"),
     ("errors", "machine"),
 )
@@ -37,7 +39,18 @@ ONLY = {
     "data": ("ostro.errors",),
 }
 WEIGHTS_FROM_MODEL = ("ostro.model.layout", "ostro.model.settings")
-ONE_PROCESS = ("model", "data", "config", "degrees", "log", "device", "model.settings", "errors", "machine")
+ONE_PROCESS = (
+    "model",
+    "data",
+    "config",
+    "degrees",
+    "overrides",
+    "log",
+    "device",
+    "model.settings",
+    "errors",
+    "machine",
+)
 NEVER = ("transformers", "peft", "mindspore", "mindformers", "vllm", "megatron", "llama_cpp")
 HEAVY = (
     "torch",

@@ -14,6 +14,7 @@ from ostro.model import layout
 from ostro.model.settings import ModelConfig
 
 EXPERTS = (layout.W13, layout.W2)
+SMALL = (layout.INPUT_NORM, layout.POST_NORM, layout.NORM, layout.GATE, layout.SELECTION_BIAS)
 
 
 @st.composite
@@ -24,7 +25,8 @@ def degrees(draw: st.DrawFn) -> Degrees:
     etp = draw(st.sampled_from([1, tp]))
     within = fsdp * cp * tp // etp
     ep = draw(st.sampled_from([n for n in range(1, within + 1) if within % n == 0]))
-    return Degrees(dp=draw(st.integers(1, 2)), fsdp=fsdp, tp=tp, ep=ep, pp=draw(st.integers(1, 2)), cp=cp, etp=etp)
+    dp, pp, uncut = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(0, 1))
+    return Degrees(dp=dp, fsdp=fsdp, tp=tp, ep=ep, pp=pp, cp=cp, etp=etp, vocab_emb_dp=uncut)
 
 
 @st.composite
@@ -72,6 +74,11 @@ def cuts_of(degrees: Degrees, rank: int, parameter: layout.Parameter) -> list[tu
         ffn = dims.index("ffn")
         fits = parameter.shape[0] // d.ep % d.efsdp == 0
         return [(0, d.ep, at["ep"]), (ffn, d.etp, at["etp"]), (0 if fits else ffn, d.efsdp, at["efsdp"])]
+    if parameter.kind in SMALL:
+        return []
+    if "vocab" in dims and d.vocab_emb_dp:
+        within = d.fsdp * d.cp * d.tp
+        return [(0, within, rank % within)]
     cuts = [(dim, d.tp, at["tp"]) for dim, name in enumerate(dims) if name in ("vocab", "heads", "kv_heads")]
     return [*cuts, (0, d.fsdp * d.cp, at["fsdp"] * d.cp + at["cp"])]
 

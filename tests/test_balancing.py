@@ -150,6 +150,7 @@ def config(data: Path, run_dir: Path, *overrides: str) -> Config:
         "model.num_hidden_layers": 2,
         "model.num_local_experts": 4,
         "data.seq_length": 64,
+        "train.dtype": "fp32",  # auto is bf16 on some machines
         "train.global_batch_sequences": 4,
         "train.micro_batch_sequences": 2,
         "train.steps": 6,

@@ -19,13 +19,14 @@ def alone(counts: Tensor) -> Tensor:
     return counts
 
 
-def sequence_balance(routing: Routing, spans: Spans) -> Tensor:
+def sequence_balance(routing: Routing, spans: Spans, sum_counts: SumCounts = alone) -> Tensor:
     """Return `Σ over sequences of valid tokens · E · Σ_e f_e · P_e`, a scalar.
 
     In each sequence, over its valid tokens, f_e is the mean number of choices that fell on expert e and P_e the mean
     probability of e, as in the Switch Transformer (arXiv 2101.03961 eq. 4–6) with its f summed over the choices.
     Divided by all valid tokens, a perfectly balanced router gives `num_experts_per_tok`. Sums over sequences are
-    additive: the same whatever the micro-batches or ranks.
+    additive: the same whatever the micro-batches or ranks. `sum_counts` adds the counts, which have no gradient, over
+    the ranks that a sequence is cut over; each rank's P then adds its part.
     """
     num_experts = routing.probs_TE.shape[1]
     valid_T = spans.valid_T.to(routing.probs_TE.dtype)
@@ -33,6 +34,8 @@ def sequence_balance(routing: Routing, spans: Spans) -> Tensor:
     chosen_SE = zeros_SE.index_add(0, spans.sequence_ids_T, choices(routing, spans.valid_T))
     probs_SE = zeros_SE.index_add(0, spans.sequence_ids_T, routing.probs_TE * valid_T[:, None])
     tokens_S = zeros_SE[:, 0].index_add(0, spans.sequence_ids_T, valid_T)
+    counts = sum_counts(torch.cat([chosen_SE, tokens_S[:, None]], dim=1).detach())
+    chosen_SE, tokens_S = counts[:, :-1].contiguous(), counts[:, -1]
     return num_experts * ((chosen_SE * probs_SE).sum(dim=-1) / tokens_S.clamp(min=1)).sum()
 
 

@@ -33,6 +33,11 @@ class Kind:
         """Whether weight decay applies: everything but the norms."""
         return len(self.dims) > 1
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it is a norm or the router's: a few in 100,000 of a Mixtral's, left in fp32 and whole on every rank."""
+        return not self.is_matrix or self is GATE
+
 
 EMBEDDING = Kind("model.embed_tokens.weight", ("vocab", "model"))
 INPUT_NORM = Kind("model.layers.{layer}.input_layernorm.weight", ("model",))

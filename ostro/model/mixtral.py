@@ -7,6 +7,8 @@ one (fp32 masters) and are cast where they are used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from ostro.model.moe import MoE, dispatch_loop
 from ostro.model.routing import Routing
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import Spans
+
+HeadLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Hidden states, head, labels and weights to a loss; tensor parallel cuts the vocabulary in it."""
 
 
 class Linear(nn.Module):
@@ -116,13 +121,15 @@ class Mixtral(nn.Module):
     ) -> None:
         super().__init__()
         self.exact = exact
+        self.is_first = self.is_last = True  # a stage of a pipeline may lack the embedding or norm and head
+        self.head_loss: HeadLoss = ops.linear_cross_entropy
         self.config, self.moe, self.compute_dtype = config, moe or MoeConfig(), compute_dtype
         self.model = Body(config, self.moe)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if exact:
             for block in self.blocks.values():
-                block.block_sparse_moe.dispatch = dispatch_loop
+                block.block_sparse_moe.experts.dispatch = dispatch_loop
 
     @property
     def blocks(self) -> dict[int, Block]:
@@ -135,8 +142,11 @@ class Mixtral(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens_T: Tensor, spans: Spans) -> Tensor:
-        """Return the final normed hidden states [T, D]; statistics go into `spans`."""
-        x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
+        """Return the final normed hidden states [T, D]; statistics go into `spans`.
+
+        A stage that is not the first takes hidden states for `tokens_T`, one that is not the last returns them raw.
+        """
+        x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype) if self.is_first else tokens_T
         rope = ops.rope_tables(spans.positions_T, self.config.head_dim, self.config.rope_theta, self.compute_dtype)
         routings = []
         for layer, block in self.blocks.items():
@@ -150,7 +160,7 @@ class Mixtral(nn.Module):
         if self.moe.balance == "hf" and spans.balance_scale and torch.is_grad_enabled():
             balance = self.moe.router_aux_loss_coef * hf_balance(routings, spans)
             x_TD = ops.attach_loss(x_TD, balance)
-        return self.model.norm(x_TD)
+        return self.model.norm(x_TD) if self.is_last else x_TD
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the logits [T, V] of final hidden states, fp32."""
@@ -161,4 +171,4 @@ class Mixtral(nn.Module):
         x_TD = self(tokens_T, spans)
         if self.exact:
             return ops.cross_entropy(self.logits(x_TD), labels_T, weights_T)
-        return ops.linear_cross_entropy(x_TD, self.head_weight, labels_T, weights_T)
+        return self.head_loss(x_TD, self.head_weight, labels_T, weights_T)

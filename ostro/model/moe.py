@@ -1,7 +1,8 @@
 """The feed-forward layer: eight experts, two per token.
 
-`dispatch` is the seam: expert parallel replaces it, nothing else in the model knows. It sorts the N = T·A routed rows
-by expert, so that each expert multiplies one contiguous slice, and gathers the results back.
+`dispatch` is the seam: expert parallel replaces it, nothing else in the model knows. Where a sequence is cut over
+ranks, `sum_counts` adds up what is counted of it and `limit` finds who is within capacity. `dispatch` sorts the
+N = T·A routed rows by expert, so that each expert multiplies one contiguous slice, and gathers the results back.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ostro.model.settings import ROUTERS_WITH_BIAS, Kernels, ModelConfig, MoeCon
 from ostro.model.spans import Spans
 
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+Limit = Callable[[Routing, Spans, MoeConfig], Routing]
 
 
 def dispatch_loop(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def dispatch(
         return dispatch_grouped(x_TD, routing, w13, w2, kernels_named, use_fp8)
     order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
     x_ND = x_TD[order.order_N // order.num_choices]
-    y_ND = run_experts(x_ND, order.ends_E, ops.cast(w13, x_TD.dtype), ops.cast(w2, x_TD.dtype))
+    y_ND = run_experts(x_ND, order.ends_E.tolist(), w13, w2)
     y_TAD = y_ND[order.place_TA]
     return (y_TAD * routing.weights_TA[..., None].to(x_TD.dtype)).sum(dim=1)
 
@@ -68,14 +70,16 @@ def dispatch_grouped(
     return run_ordered(x_TD, routing.weights_TA, order, w13, w2, passes, use_fp8)
 
 
-def run_experts(x_ND: Tensor, ends_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def run_experts(x_ND: Tensor, ends: list[int], w13: Tensor, w2: Tensor) -> Tensor:
     """Run each expert on its slice of sorted rows, one product after another; returns [N, D].
 
-    ends_E is the end of each expert's rows; rows past the last are nobody's and give 0, as do their gradients. The
+    `ends` are the ends of each expert's rows; rows past the last are nobody's and give 0, as do their gradients. The
     backward pass writes each expert's gradient straight into its place of the stacked ones: indexing a stacked
     parameter instead would have autograd add up E tensors of the full size.
     """
-    return _SlicedExperts.apply(x_ND, ends_E.tolist(), w13, w2)  # type: ignore[return-value]
+    if not ops.splits_backward():  # which adds to the weights themselves
+        w13, w2 = ops.cast(w13, x_ND.dtype), ops.cast(w2, x_ND.dtype)
+    return _SlicedExperts.apply(x_ND, ends, w13, w2)  # type: ignore[return-value]
 
 
 def _can_group(x_ND: Tensor, w13: Tensor) -> bool:
@@ -86,6 +90,8 @@ def _can_group(x_ND: Tensor, w13: Tensor) -> bool:
 class _SlicedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, ends: list[int], w13: Tensor, w2: Tensor) -> Tensor:
+        ctx.ends, ctx.weights = ends, (w13, w2)
+        w13, w2 = ops.cast(w13, x_ND.dtype), ops.cast(w2, x_ND.dtype)
         ffn = w13.shape[2]
         h_N2F = x_ND.new_empty(len(x_ND), 2 * ffn)
         y_ND = torch.empty_like(x_ND)
@@ -94,35 +100,61 @@ class _SlicedExperts(torch.autograd.Function):
             ops.mm(x_ND[rows], w13[expert].flatten(0, 1).t(), h)
             ops.mm(ops.swiglu(h[:, :ffn], h[:, ffn:]), w2[expert].t(), y_ND[rows])
         y_ND[ends[-1] :] = 0
-        ctx.ends = ends
         ctx.save_for_backward(x_ND, h_N2F, w13, w2)
         return y_ND
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:  # type: ignore[override]
         x_ND, h_N2F, w13, w2 = ctx.saved_tensors
-        ffn = w13.shape[2]
-        grad_y = grad_y.contiguous()
+        ends, grad_y = ctx.ends, grad_y.contiguous()
         grad_x = torch.empty_like(x_ND)
+        if ops.splits_backward():
+            grad_h_N2F = torch.empty_like(h_N2F)
+            for expert, rows in _slices(ends):
+                _input_gradients(grad_y[rows], h_N2F[rows], w13[expert], w2[expert], grad_h_N2F[rows], grad_x[rows])
+            ops.leave_for_later(ctx.weights, lambda: _weight_gradients(grad_y, x_ND, h_N2F, grad_h_N2F, ends, w13, w2))
+            grad_x[ends[-1] :] = 0
+            return grad_x, None, None, None
         grad_w13, grad_w2 = torch.empty_like(w13), torch.empty_like(w2)
-        for expert, rows in _slices(ctx.ends):
+        for expert, rows in _slices(ends):
             if rows.start == rows.stop:
                 grad_w13[expert].zero_()
                 grad_w2[expert].zero_()
                 continue
-            gate, up, dy = h_N2F[rows, :ffn], h_N2F[rows, ffn:], grad_y[rows]
-            silu = F.silu(gate)
-            ops.mm(dy.t(), silu * up, grad_w2[expert])  # the activation is made again: it is in the cache anyway
-            grad_a = torch.empty_like(silu)
-            ops.mm(dy, w2[expert], grad_a)
-            grad_h = torch.empty_like(h_N2F[rows])
-            torch.mul(grad_a, silu, out=grad_h[:, ffn:])
-            grad_a *= up
-            torch.ops.aten.silu_backward.grad_input(grad_a, gate, grad_input=grad_h[:, :ffn])
+            h, dy = h_N2F[rows], grad_y[rows]
+            grad_h = torch.empty_like(h)
+            activation = _input_gradients(dy, h, w13[expert], w2[expert], grad_h, grad_x[rows])
+            ops.mm(dy.t(), activation, grad_w2[expert])
             ops.mm(grad_h.t(), x_ND[rows], grad_w13[expert].flatten(0, 1))
-            ops.mm(grad_h, w13[expert].flatten(0, 1), grad_x[rows])
-        grad_x[ctx.ends[-1] :] = 0
+        grad_x[ends[-1] :] = 0
         return grad_x, None, grad_w13, grad_w2
+
+
+def _input_gradients(
+    dy_ND: Tensor, h_N2F: Tensor, w13: Tensor, w2: Tensor, grad_h_N2F: Tensor, grad_x_ND: Tensor
+) -> Tensor:
+    """Write one expert's gradients of gate and up and of its input; return its activation, made again."""
+    gate, up = h_N2F.chunk(2, dim=1)
+    silu = F.silu(gate)  # again: it is in the cache anyway
+    grad_a = torch.empty_like(silu)
+    ops.mm(dy_ND, w2, grad_a)
+    grad_gate, grad_up = grad_h_N2F.chunk(2, dim=1)
+    torch.mul(grad_a, silu, out=grad_up)
+    grad_a *= up
+    torch.ops.aten.silu_backward.grad_input(grad_a, gate, grad_input=grad_gate)
+    ops.mm(grad_h_N2F, w13.flatten(0, 1), grad_x_ND)
+    return silu.mul_(up)
+
+
+def _weight_gradients(
+    grad_y: Tensor, x_ND: Tensor, h_N2F: Tensor, grad_h_N2F: Tensor, ends: list[int], w13: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_w13, grad_w2 = torch.zeros_like(w13), torch.zeros_like(w2)
+    for expert, rows in _slices(ends):
+        gate, up = h_N2F[rows].chunk(2, dim=1)
+        ops.mm(grad_y[rows].t(), ops.swiglu(gate, up), grad_w2[expert])
+        ops.mm(grad_h_N2F[rows].t(), x_ND[rows], grad_w13[expert].flatten(0, 1))
+    return grad_w13, grad_w2
 
 
 def _slices(ends: list[int]) -> list[tuple[int, slice]]:
@@ -130,13 +162,17 @@ def _slices(ends: list[int]) -> list[tuple[int, slice]]:
 
 
 class Experts(nn.Module):
-    """The stacked weights of a layer's experts: w13 [E, 2, F, D] (gate, up) and w2 [E, D, F]."""
+    """The stacked weights of a layer's experts, w13 [E, 2, F, D] (gate, up) and w2 [E, D, F], and who asks them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
         super().__init__()
         num, ffn, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(num, 2, ffn, hidden))
         self.w2 = nn.Parameter(torch.empty(num, hidden, ffn))
+        self.dispatch: Dispatch = functools.partial(dispatch, kernels_named=moe.kernels, use_fp8=moe.fp8)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return self.dispatch(x_TD, routing, self.w13, self.w2)
 
 
 class Gate(nn.Module):
@@ -163,25 +199,26 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.moe, self.layer = config, moe, layer
         self.gate = Gate(config)
-        self.experts = Experts(config)
-        self.dispatch: Dispatch = functools.partial(dispatch, kernels_named=moe.kernels, use_fp8=moe.fp8)
+        self.experts = Experts(config, moe)
         self.sum_counts: SumCounts = alone
+        self.sum_batch_counts: SumCounts = alone
+        self.limit: Limit = within_capacity
 
     def forward(self, x_TD: Tensor, spans: Spans) -> tuple[Tensor, Routing, Tensor]:
         """Return the output [T, D], the routing, and this layer's statistics."""
         chosen = self._chosen(x_TD, spans)
         is_limited = self.training and self.moe.capacity_factor is not None
-        routing = within_capacity(chosen, spans, self.moe) if is_limited else chosen
-        out_TD = self.dispatch(x_TD, routing, self.experts.w13, self.experts.w2)
+        routing = self.limit(chosen, spans, self.moe) if is_limited else chosen
+        out_TD = self.experts(x_TD, routing)
         # Losses and loads are of what the router asked for, dropped or not.
-        balance, z = sequence_balance(chosen, spans), z_loss(chosen, spans)
+        balance, z = sequence_balance(chosen, spans, self.sum_counts), z_loss(chosen, spans)
         if spans.balance_scale and torch.is_grad_enabled():
             scale = spans.balance_scale / self.config.num_hidden_layers
             loss = self.moe.z_loss_coef * z
             if self.moe.balance == "sequence":
                 loss = loss + self.moe.router_aux_loss_coef * balance
             elif self.moe.balance == "batch":
-                loss = loss + self.moe.router_aux_loss_coef * batch_balance(chosen, spans, self.sum_counts)
+                loss = loss + self.moe.router_aux_loss_coef * batch_balance(chosen, spans, self.sum_batch_counts)
             out_TD = ops.attach_loss(out_TD, scale * loss)
         counted = dataclasses.replace(chosen, kept_TA=routing.kept_TA)
         return out_TD, routing, count(counted, spans, balance, z)

@@ -7,7 +7,8 @@ token, F ffn, V vocab, N = T·A routed rows. A suffix names the logical dims of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +46,72 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _casts[-1][key][1]
 
 
+Later = list[Callable[[], None]]
+"""Gradients of weights that are still to be computed and added."""
+
+_later: list[Later] = []
+
+
+@contextlib.contextmanager
+def weights_later() -> Iterator[Later]:
+    """Within it backward passes leave the gradients of matrices for later, in the list that it gives.
+
+    Forward passes must have run within it as well. So split, a pipeline sends the gradients of inputs on at once and
+    fills its bubble with those of weights (arXiv 2401.10241).
+    """
+    later: Later = []
+    _later.append(later)
+    try:
+        yield later
+    finally:
+        _later.pop()
+
+
+def run_later(later: Later) -> None:
+    """Compute the gradients that were left, and add them to their weights'."""
+    with torch.no_grad():
+        for add in later:
+            add()
+
+
+def splits_backward() -> bool:
+    """Whether `weights_later` is in force."""
+    return bool(_later)
+
+
+def leave_for_later(weights: Sequence[Tensor], gradients: Callable[[], Sequence[Tensor]]) -> None:
+    """Leave the gradients of leaves for later."""
+
+    def add() -> None:
+        for weight, grad in zip(weights, gradients(), strict=True):
+            if weight.requires_grad:
+                own = grad.to(weight.dtype)
+                weight.grad = own if weight.grad is None else weight.grad + own
+
+    _later[-1].append(add)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x @ weight.T` in x's dtype; the weight is cast to it."""
+    if _later:
+        return _SplitLinear.apply(x, weight)  # type: ignore[return-value]
     weight = cast(weight, x.dtype)
     if _products_in_fp32(x):
         return F.linear(x.float(), weight.float()).to(x.dtype)
     return F.linear(x, weight)
+
+
+class _SplitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, cast(weight, x.dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        leave_for_later((weight,), lambda: (product(grad.flatten(0, -2).t(), x.flatten(0, -2)),))
+        return product(grad, cast(weight, x.dtype)), None
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -134,15 +195,36 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor) -> Ten
     return (F.cross_entropy(logits_TV.float(), labels_T, reduction="none") * weights_T).sum()
 
 
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Which words a head has: those from `first` on; `combine` makes sums over all words out of those over these.
+
+    It takes the logarithm of each token's normaliser and the label's logit (0 where the label is another's), fp32 [T].
+    """
+
+    first: int = 0
+    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda normaliser_T, logit_T: (normaliser_T, logit_T)
+
+
+ALL_WORDS = Words()
+
+
 def linear_cross_entropy(
-    x_TD: Tensor, head_VD: Tensor, labels_T: Tensor, weights_T: Tensor, chunk_tokens: int = 0, tile_vocab: int = 0
+    x_TD: Tensor,
+    head_VD: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor,
+    chunk_tokens: int = 0,
+    tile_vocab: int = 0,
+    words: Words = ALL_WORDS,
 ) -> Tensor:
     """Return `Σ weight · −log p(label)` with logits `x @ head.T`, never holding more than a chunk of them.
 
     The gradients are made beside the loss, chunk by chunk, while the logits are at hand (arXiv 2410.10989). A chunk is
     swept twice in tiles of the vocabulary: the first sweep leaves each tile's softmax, the second, which knows the
     normaliser over all tiles, is products alone, since what a tile's softmax lacks is a factor per token, and what the
-    label adds is a row of the head. The head's gradient is summed in fp32.
+    label adds is a row of the head. The head's gradient is summed in fp32. Of a head with a part of the words the
+    loss is that over all of them, and x's gradient the part that comes through these.
     """
     # Measured on two cores at D 256 and 1024: in tiles of 1,024 tokens and 2,048 words the three products run at 0.95
     # of a large square one's rate, over all 32,000 words at 0.65 to 0.9. GPUs want them whole.
@@ -150,7 +232,9 @@ def linear_cross_entropy(
     chunk_tokens = chunk_tokens or (1024 if is_cpu else 2048)
     tile_vocab = tile_vocab or (2048 if is_cpu else len(head_VD))
     needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or head_VD.requires_grad)
-    return _LinearCrossEntropy.apply(x_TD, head_VD, labels_T, weights_T, chunk_tokens, tile_vocab, needs_grad)  # type: ignore[return-value]
+    return _LinearCrossEntropy.apply(
+        x_TD, head_VD, labels_T - words.first, weights_T, chunk_tokens, tile_vocab, words, needs_grad
+    )  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -163,6 +247,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights_T: Tensor,
         chunk_tokens: int,
         tile_vocab: int,
+        words: Words,
         needs_grad: bool,
     ) -> Tensor:
         head_VD = cast(master_VD, x_TD.dtype)
@@ -174,7 +259,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_TD), chunk_tokens):
             x, labels, weights = (t[start : start + chunk_tokens] for t in (x_TD, labels_T, weights_T))
             tiles, normaliser_TJ, label_logits_T = _softmax_tiles(x, head_VD, labels, probs, logits, tile_vocab)
-            normaliser_T = normaliser_TJ.logsumexp(dim=1)
+            normaliser_T, label_logits_T = words.combine(normaliser_TJ.logsumexp(dim=1), label_logits_T)
             # Rounding alone can take −log p below 0.
             loss += ((normaliser_T - label_logits_T).clamp(min=0) * weights).sum()
             if grad_x is None or grad_head is None:
@@ -184,6 +269,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             residual_T = torch.expm1(label_logits_T - normaliser_T).clamp(max=0) * weights
             _leave_out(tiles, labels)
             factor_TJ = (normaliser_TJ - normaliser_T[:, None]).exp() * weights[:, None]
+            if words is not ALL_WORDS:
+                residual_T = torch.where((labels >= 0) & (labels < len(head_VD)), residual_T, 0)
+                labels = labels.clamp(0, len(head_VD) - 1)
             grad = head_VD[labels] * residual_T[:, None]
             for j, (tile, head) in enumerate(zip(tiles, head_VD.split(tile_vocab), strict=True)):
                 factor = factor_TJ[:, j, None]
@@ -200,7 +288,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
         grad_x, grad_head = ctx.saved_tensors
         # In place: they are this backward's alone, and the head's is one of the largest tensors of a step.
-        return grad_x.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None
+        return grad_x.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
 
 
 def _softmax_tiles(

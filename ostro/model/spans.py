@@ -18,8 +18,12 @@ from torch import Tensor
 class Spans:
     """Made once by whoever makes the tokens.
 
+    Where sequences are cut over ranks, lengths and starts are of the whole micro-batch. Tensors along T are of this
+    rank's tokens: positions of those it attends from, everything else of those it routes.
+
     positions_T: int64, place of each token in its document. document_lengths: tokens of each document, in order.
-    document_starts: int32 [documents + 1], their cumulative sum. sequence_ids_T: int64, non-decreasing from 0.
+    document_starts: int32 [documents + 1], their cumulative sum. sequence_ids_T: int64, from 0.
+    sequence_lengths: tokens of each sequence, in order.
     valid_T: bool, False for padding (routed, but counted in no statistic and no loss).
     draws_T: int64, a number of its own for each token of a training, which jitter is drawn from; None draws none.
     balance_scale: 1 / valid tokens of the whole optimizer step, over all ranks and micro-batches; 0 adds no loss.
@@ -31,12 +35,17 @@ class Spans:
     document_lengths: tuple[int, ...]
     document_starts: Tensor
     sequence_ids_T: Tensor
-    num_sequences: int
+    sequence_lengths: tuple[int, ...]
     valid_T: Tensor
     balance_scale: float = 0.0
     stats_LS: Tensor | None = None
     experts_LTA: Tensor | None = None
     draws_T: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences these tokens are of."""
+        return len(self.sequence_lengths)
 
     @property
     def longest_document(self) -> int:
@@ -75,7 +84,7 @@ def spans_of(
         document_lengths=lengths,
         document_starts=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
         sequence_ids_T=torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(sequences)).to(device),
-        num_sequences=len(sequences),
+        sequence_lengths=sequences,
         valid_T=valid_T.to(device),
         balance_scale=balance_scale,
         stats_LS=stats_LS,

@@ -148,7 +148,7 @@ class CastReader:
         self.notes = source.notes
         self._source = source
         self._infos = {
-            p.name: TensorInfo(p.shape, torch.float32 if keep_fp32 and _is_delicate(p.kind) else dtype)
+            p.name: TensorInfo(p.shape, torch.float32 if keep_fp32 and p.kind.is_small else dtype)
             for p in layout.parameters(source.model)
         }
 
@@ -444,11 +444,6 @@ def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 def _wanted(model: ModelConfig) -> dict[str, Shape]:
     return {name: parameter.shape for name, parameter in layout.table(model).items()}
-
-
-def _is_delicate(kind: layout.Kind) -> bool:
-    """Whether it is a norm or the router: small, and what mixed precision leaves in fp32."""
-    return not kind.is_matrix or kind is layout.GATE
 
 
 def _raw(tensor: Tensor) -> Tensor:

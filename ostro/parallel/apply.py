@@ -1,0 +1,214 @@
+"""All that makes one model span many ranks, in the only order that works, and what a training step asks of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ostro.batch import Batch
+from ostro.config import Config
+from ostro.degrees import stage_layers
+from ostro.model import layout
+from ostro.model.balance import update_bias
+from ostro.model.mixtral import Mixtral
+from ostro.model.settings import ModelConfig
+from ostro.parallel import context, expert, fsdp, recompute, tensor
+from ostro.parallel.mesh import Mesh
+from ostro.parallel.mesh import alone as one_process
+from ostro.parallel.pipeline import Pipeline, Stage, split
+from ostro.weights.store import Reader
+
+Boxed = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass(eq=False)
+class World:
+    """A model over the ranks of a mesh: this rank's stages, and what is summed over all ranks."""
+
+    mesh: Mesh
+    model: ModelConfig
+    pipeline: Pipeline
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return this rank's parameters by canonical name; of the sharded ones it holds a part."""
+        return {name: p for stage in self.pipeline.stages for name, p in stage.model.named_parameters()}
+
+    def box(self, name: str) -> Boxed | None:
+        """Return offsets and sizes of what this rank holds of a parameter; None if it is nothing."""
+        parameter = layout.table(self.model)[name]
+        return self.mesh.degrees.box(self.mesh.rank, parameter.kind.dims, parameter.shape, None)
+
+    def forward_backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """Add gradients of `scale` times the loss; return this rank's part of it, which `sum_over_ranks` completes."""
+        loss = self.pipeline.run([context.share(batch, self.mesh) for batch in batches], scale)
+        self._sum_gradients()
+        return self._counted(loss)
+
+    def _counted(self, loss: Tensor) -> Tensor:
+        # Where the words are cut every rank of tp knows the whole loss of its tokens.
+        is_counted = self.mesh.tp_rank == 0 or bool(self.mesh.degrees.vocab_emb_dp)
+        return loss if is_counted else torch.zeros_like(loss)
+
+    def score(self, batch: Batch) -> Tensor:
+        """Return this rank's part of a micro-batch's loss, without gradients; every rank calls it equally often."""
+        return self._counted(self.pipeline.score(context.share(batch, self.mesh)))
+
+    @property
+    def multiple(self) -> int:
+        """The number of tokens that rows are padded to a multiple of: each rank of a sequence gets equally many."""
+        cp, tp = self.mesh.degrees.cp, self.mesh.degrees.tp
+        return (2 * cp if cp > 1 else 1) * tp
+
+    @property
+    def counts_data(self) -> bool:
+        """Whether this rank is the one that counts its data rank's rows, of which several ranks have a part."""
+        return self.mesh.pp_rank == self.mesh.tp_rank == self.mesh.cp_rank == 0
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the stages are set to train."""
+        return self.pipeline.stages[0].training
+
+    def train(self, is_training: bool) -> None:
+        """Set every stage to train, or to compute as a finished model does."""
+        for stage in self.pipeline.stages:
+            stage.train(is_training)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the sum of every rank's values."""
+        if self.mesh.degrees.num_ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def squared_grad_norm(self) -> Tensor:
+        """Return this rank's part of the gradient's squared norm, fp64; what others hold as well counts once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        # A CPU adds in fp32 one after another: of ten million values 4e-4 goes astray. GPUs add in trees.
+        accumulated = torch.float64 if self.mesh.device.type == "cpu" else torch.float32
+        norms = [
+            torch.linalg.vector_norm(local(p.grad), dtype=accumulated)
+            for name, p in self.parameters().items()
+            if p.grad is not None and self._is_counted(name)
+        ]
+        return total + torch.stack(norms).double().square().sum() if norms else total
+
+    def update_biases(self, stats_LS: Tensor, rate: float) -> None:
+        """Move the routers' selection biases, if any, by the loads of a whole step (`balance.update_bias`)."""
+        for stage in self.pipeline.stages:
+            for layer, block in stage.model.blocks.items():
+                bias_E = block.block_sparse_moe.gate.selection_bias
+                if bias_E is not None:
+                    update_bias(bias_E, stats_LS[layer, : len(bias_E)], rate)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients."""
+        gradients = [local(p.grad) for p in self.parameters().values() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+    def _is_counted(self, name: str) -> bool:
+        """Whether of all ranks that hold this part of a parameter this is the first."""
+        degrees, place, kind = self.mesh.degrees, self.mesh.place, layout.table(self.model)[name].kind
+        if kind is layout.EMBEDDING and self._has_second_embedding():
+            return False
+        if kind.is_small:
+            return place == 0
+        return not place // (degrees.fsdp * degrees.cp * degrees.tp)  # the others are replicas
+
+    def _has_second_embedding(self) -> bool:
+        """Whether this rank's embedding is the head of a pipeline whose first stage has it as well."""
+        is_tied = self.model.tie_word_embeddings and self.mesh.degrees.pp > 1
+        return is_tied and any(stage.model.is_last for stage in self.pipeline.stages)
+
+    def _sum_gradients(self) -> None:
+        """Sum what FSDP does not: small parameters' over the stage, a tied embedding's over both ends."""
+        table = layout.table(self.model)
+        if self.mesh.stage is not None:
+            small = [
+                p.grad for name, p in self.parameters().items() if table[name].kind.is_small and p.grad is not None
+            ]
+            _sum_together(small, self.mesh.stage)
+        if self.mesh.ends is not None and self.model.tie_word_embeddings:
+            held = self.parameters().get(layout.EMBEDDING.name)
+            if held is not None and held.grad is not None:
+                dist.all_reduce(local(held.grad), group=self.mesh.ends)
+
+
+def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
+    """Build this rank's part of a model, uninitialised, and apply every dimension of parallelism to it."""
+    parallel, degrees = config.parallel, mesh.degrees
+    degrees.check(config.model, stages_differ=True)
+    chunks = parallel.virtual_stages
+    layers = stage_layers(config.model.num_hidden_layers, degrees.pp * chunks, parallel.stage_layers)
+    stages = []
+    for chunk in range(chunks):
+        index = chunk * degrees.pp + mesh.pp_rank
+        with torch.device("meta"):
+            model = Mixtral(config.model, config.moe.settings(), dtype, config.train.exact)
+        model = split(model, layers[index], index == 0, index == len(layers) - 1)
+        _cut_parameters(model, mesh)
+        if config.train.recompute == "selective":
+            recompute.experts(model)
+        expert.apply(model, mesh)
+        tensor.apply(model, mesh)
+        context.apply(model, mesh)
+        recompute.apply(model, config.train.recompute)
+        if config.train.compile:
+            for block in model.blocks.values():
+                block.compile(dynamic=True)
+        stage = Stage(model, index)
+        reshard = degrees.pp == 1
+        fsdp.apply(stage, model, mesh, parallel.gradient_aggregation_group, reshard)
+        stages.append(stage.to_empty(device=mesh.device))
+    pipeline = Pipeline(stages, mesh, len(layers), parallel.schedule, parallel.gradient_accumulation_shard)
+    return World(mesh, config.model, pipeline)
+
+
+@torch.no_grad()
+def load_world(world: World, reader: Reader) -> None:
+    """Fill this rank's parts of the parameters from a checkpoint, reading its own slices only."""
+    for name, p in world.parameters().items():
+        box = world.box(name)
+        if box is not None:
+            where = tuple(slice(first, first + size) for first, size in zip(*box, strict=True))
+            local(p).copy_(reader.read(name, where))
+
+
+def alone(model: Mixtral) -> World:
+    """Return a whole model in this one process as a world."""
+    mesh = one_process(model.head_weight.device)
+    return World(mesh, model.config, Pipeline([Stage(model, 0)], mesh, 1, "1f1b"))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor that is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_parameters(model: Mixtral, mesh: Mesh) -> None:
+    """Replace each parameter (on meta) by what tp, ep and etp leave of it on this rank."""
+    table = layout.table(model.config)
+    for module_name, module in model.named_modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            parameter = table[f"{module_name}.{name}"]
+            shape = mesh.degrees.part(parameter.kind.dims, parameter.shape)
+            module.register_parameter(name, nn.Parameter(p.new_empty(shape), requires_grad=p.requires_grad))
+
+
+def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over a group in one message."""
+    if not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for t, part in zip(tensors, _split_like(flat, tensors), strict=True):
+        t.copy_(part)
+
+
+def _split_like(flat: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    parts = flat.split([t.numel() for t in tensors])
+    return (part.view_as(t) for part, t in zip(parts, tensors, strict=True))

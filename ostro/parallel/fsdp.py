@@ -1,0 +1,86 @@
+"""Sharded data parallel: FSDP2 over what is large; norms, routers and biases are whole on every rank.
+
+The small parameters are a few in 100,000 of a Mixtral's. Left whole they need no gathering, their gradients are summed
+once a step in one message, sequence parallel's sums included, and the router stays fp32 where FSDP would hand it over
+in bf16. MindFormers does likewise (parallel_optimizer_threshold).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from ostro.model import layout
+from ostro.model.mixtral import Block, Mixtral
+from ostro.parallel.mesh import Mesh
+
+
+def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: bool) -> None:
+    """Shard the large parameters of a stage, which wraps `model`, over its meshes; one rank's are left as they are.
+
+    Blocks are gathered and reduced `together` at a time. `reshard` frees gathered parameters after the forward pass, to
+    be gathered again for the backward pass. Gradients are summed, never averaged: the loss is divided by the labels of
+    the whole step.
+    """
+    blocks: list[Block] = list(model.blocks.values())
+    dtype = model.compute_dtype
+    table = layout.table(model.config)
+    small = {p for name, p in model.named_parameters() if table[name].kind.is_small}
+    experts = [block.block_sparse_moe.experts for block in blocks]
+    of_experts = {p for module in experts for p in module.parameters()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    if mesh.sparse is not None:
+        by_expert = not experts or len(experts[0].w13) % mesh.degrees.efsdp == 0
+        for some in _runs(experts, together):
+            fully_shard(
+                some,
+                mesh=mesh.sparse,
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+                shard_placement_fn=None if by_expert else lambda _: Shard(2),
+            )
+    if mesh.dense is not None:
+        ignored = small | of_experts if mesh.sparse is None else small
+        for some in _runs(blocks, together):
+            fully_shard(some, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored)
+        fully_shard(stage, mesh=mesh.whole, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
+    for module in _sharded(stage):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def set_reducing(stage: nn.Module, is_reducing: bool) -> None:
+    """Say whether the coming backward passes reduce gradients, or add them up until one does."""
+    if isinstance(stage, FSDPModule):
+        stage.set_requires_gradient_sync(is_reducing)
+        stage.set_is_last_backward(is_reducing)
+
+
+def collect(stage: nn.Module, reduce: bool) -> None:
+    """Take over gradients that were written beside autograd (weights' that came later), and reduce them or not.
+
+    FSDP2 does this when a backward pass ends and has no public name for it; so does torch's own pipeline.
+    """
+    if not isinstance(stage, FSDPModule):
+        return
+    set_reducing(stage, reduce)
+    state = fully_shard.state(stage)  # pyright: ignore[reportFunctionMemberAccess]
+    for each in state._state_ctx.all_states:
+        for group in each._fsdp_param_groups:
+            group.post_backward()
+    if reduce:
+        state._root_post_backward_final_callback()
+
+
+def _sharded(stage: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in stage.modules() if isinstance(module, FSDPModule))
+
+
+def _runs(modules: Sequence[nn.Module], together: int) -> Iterator[list[nn.Module]]:
+    return (list(modules[i : i + together]) for i in range(0, len(modules), together))

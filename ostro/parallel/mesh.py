@@ -1,0 +1,157 @@
+"""The ranks of a run as meshes: who stands where, and the process groups along every axis.
+
+Two views of the same ranks (`degrees.Degrees`): dense (pp, dp, fsdp·cp, tp) and sparse (pp, dp, efsdp, ep, etp). A
+group of one rank is None: nothing is ever communicated over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ostro.degrees import Degrees
+from ostro.errors import LayoutError
+
+Group = dist.ProcessGroup
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mesh:
+    """Where a rank stands, and whom it talks to.
+
+    tp, ep, cp: the groups along these axes. sequence: the ranks that a sequence is cut over (cp·tp). stage: all that
+    hold this rank's layers. pp: the ranks of its pipeline, by their place in it; `back` is that same pipeline for what
+    flows backwards. ends: the first and the last of it. `dense` and `sparse` are the meshes that parameters are sharded
+    over (replicas first where dp > 1); None where there is but one rank.
+    """
+
+    degrees: Degrees
+    rank: int
+    device: torch.device
+    tp: Group | None = None
+    ep: Group | None = None
+    cp: Group | None = None
+    sequence: Group | None = None
+    stage: Group | None = None
+    pp: Group | None = None
+    back: Group | None = None
+    ends: Group | None = None
+    dense: DeviceMesh | None = None
+    whole: DeviceMesh | None = None
+    sparse: DeviceMesh | None = None
+
+    @property
+    def place(self) -> int:
+        """This rank's number among those of its pipeline stage."""
+        return self.rank % self.num_stage_ranks
+
+    @property
+    def pp_rank(self) -> int:
+        """Its place in the pipeline."""
+        return self.rank // self.num_stage_ranks
+
+    @property
+    def num_stage_ranks(self) -> int:
+        """How many ranks hold a stage."""
+        return self.degrees.num_ranks // self.degrees.pp
+
+    @property
+    def tp_rank(self) -> int:
+        """Its place in its tensor-parallel group."""
+        return self.rank % self.degrees.tp
+
+    @property
+    def cp_rank(self) -> int:
+        """Its place among the ranks that a sequence is cut over, before tp cuts further."""
+        return self.rank // self.degrees.tp % self.degrees.cp
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch's rows it works on."""
+        return self.place // (self.degrees.tp * self.degrees.cp)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """In how many shares a batch's rows are cut."""
+        return self.degrees.dp * self.degrees.fsdp
+
+    def peer(self, pp_rank: int) -> int:
+        """Return the rank that stands at another place of this rank's pipeline."""
+        return pp_rank * self.num_stage_ranks + self.place
+
+
+def alone(device: torch.device) -> Mesh:
+    """Return the mesh of a run in one process."""
+    return Mesh(Degrees(), 0, device)
+
+
+def open_mesh(degrees: Degrees, device: torch.device) -> Mesh:
+    """Build the meshes and groups over the ranks of the process group, which every rank does at the same time.
+
+    Raises LayoutError where the degrees do not multiply to the number of ranks.
+    """
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if degrees.num_ranks != num_ranks:
+        raise LayoutError(
+            f"the layout {degrees} is for {degrees.num_ranks} ranks and {num_ranks} were started: change "
+            f"--nproc-per-node and --nnodes, or parallel.fsdp so that dp·fsdp·cp·tp·pp = {num_ranks}."
+        )
+    if num_ranks == 1:
+        return alone(device)
+    d = degrees
+    dense = _mesh(device, pp=d.pp, dp=d.dp, fsdp=d.fsdp * d.cp, tp=d.tp)
+    sparse = _mesh(device, pp=d.pp, dp=d.dp, efsdp=d.efsdp, ep=d.ep, etp=d.etp)
+    sequence = _mesh(device, outer=d.pp * d.dp * d.fsdp, sequence=d.cp * d.tp)
+    context = _mesh(device, outer=d.pp * d.dp * d.fsdp, cp=d.cp, tp=d.tp)
+    stage = _mesh(device, pp=d.pp, stage=d.num_ranks // d.pp)
+    whole = _mesh(device, pp=d.pp, dp=d.dp, whole=d.fsdp * d.cp * d.tp) if d.vocab_emb_dp and d.tp > 1 else dense
+    rank = dist.get_rank()
+    place = rank % (num_ranks // d.pp)
+    return Mesh(
+        degrees,
+        rank,
+        device,
+        tp=_group(dense, "tp"),
+        ep=_group(sparse, "ep"),
+        cp=_group(context, "cp"),
+        sequence=_group(sequence, "sequence"),
+        stage=_group(stage, "stage"),
+        pp=_group(dense, "pp"),
+        # With a communicator for each direction, what flows back never waits behind what flows forward.
+        back=_group(_mesh(device, pp=d.pp, place=num_ranks // d.pp), "pp"),
+        ends=_ends(d, place) if d.pp > 1 else None,
+        dense=_sharding(dense, d.dp, "fsdp"),
+        whole=_sharding(whole, d.dp, "fsdp" if whole is dense else "whole"),
+        sparse=_sharding(sparse, d.dp, "efsdp"),
+    )
+
+
+def _mesh(device: torch.device, **axes: int) -> DeviceMesh:
+    assert prod(axes.values()) == dist.get_world_size()
+    return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def _group(mesh: DeviceMesh, axis: str) -> Group | None:
+    if mesh[axis].size() == 1:
+        return None
+    group = mesh.get_group(axis)
+    assert not isinstance(group, int)
+    return group
+
+
+def _sharding(mesh: DeviceMesh, dp: int, axis: str) -> DeviceMesh | None:
+    """Return the axes that parameters are replicated and sharded over, or None for a single rank."""
+    sharding = mesh["dp", axis] if dp > 1 else mesh[axis]
+    return sharding if sharding.size() > 1 else None
+
+
+def _ends(degrees: Degrees, place: int) -> Group | None:
+    """Return the group of the first and the last stage's ranks at one place; all ranks make all of them."""
+    num_stage_ranks = degrees.num_ranks // degrees.pp
+    last = degrees.num_ranks - num_stage_ranks
+    groups = [dist.new_group([i, last + i]) for i in range(num_stage_ranks)]
+    return groups[place] if not num_stage_ranks <= dist.get_rank() < last else None
