@@ -35,7 +35,7 @@ class Kind:
 
     @property
     def is_small(self) -> bool:
-        """Whether it is a norm or the router's: a few in 100,000 of a Mixtral's, left in fp32 and whole on every rank."""
+        """Whether it is a norm or the router's: a few values in 100,000, left in fp32 and whole on every rank."""
         return not self.is_matrix or self is GATE
 
 

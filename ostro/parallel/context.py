@@ -1,8 +1,8 @@
 """Context parallel: the tokens of each sequence are cut over ranks, and attention gathers keys and values first.
 
 A sequence is cut into 2·cp equal pieces, of which rank i has the i-th from the start and the i-th from the end, so
-that all attend to equally many pairs. With 8 key heads, keys and values of 32,768 tokens are 128 MiB a layer in bf16: to gather
-them whole costs less than passing them round, and documents are respected as they are in one process.
+that all attend to equally many pairs. With 8 key heads, keys and values of 32,768 tokens are 128 MiB a layer in bf16:
+to gather them whole costs less than passing them round, and documents are respected as they are in one process.
 
 What tensor parallel cuts further (the tokens between blocks) is cut here too, since both come from one micro-batch.
 """

@@ -139,7 +139,7 @@ def _group(mesh: DeviceMesh, axis: str) -> Group | None:
     if mesh[axis].size() == 1:
         return None
     group = mesh.get_group(axis)
-    assert not isinstance(group, int)
+    assert isinstance(group, dist.ProcessGroup)
     return group
 
 

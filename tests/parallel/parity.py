@@ -1,13 +1,14 @@
 """Trains a small model under a layout, on real processes, and holds it against one process.
 
-A case is a few dotted settings on top of SETTINGS. What is trained on are rows of several documents each; nothing but the
-layout differs from the reference: same weights (`random`), same rows, fp32, SGD.
+A case is a few dotted settings on top of SETTINGS. What is trained on are rows of several documents each; nothing but
+the layout differs from the reference: same weights (`random`), same rows, fp32, SGD.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,6 @@ def _furthest(ranks: Sequence[dict[str, Any]], whole: dict[str, Any]) -> float:
                 where = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
                 covered[where] = True
                 gap = (value - expected[where]).abs().max().item() / expected.abs().max().item()
-                furthest = max(furthest, gap if gap == gap else float("inf"))
+                furthest = max(furthest, float("inf") if math.isnan(gap) else gap)
         assert covered.all(), f"no rank holds all of {name}"
     return furthest
