@@ -16,7 +16,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ostro.degrees import Degrees
+from ostro.degrees import Degrees, num_micro_batches, stage_layers
 from ostro.errors import ConfigError, nearest
 from ostro.model.settings import Balance, CapacityGroup, Drop, Kernels, ModelConfig, MoeConfig, Router
 from ostro.overrides import parse_overrides, read_yaml, set_key
@@ -284,6 +284,7 @@ class Config(Section):
             raise ValueError(
                 "train.exact computes without moe.kernels and moe.fp8, so asking for them means nothing: leave them out"
             )
+        self._require_layout()
         if self.moe.balance == "hf" and train.micro_batch_sequences < train.global_batch_sequences:
             raise ValueError(
                 "moe.balance=hf does not add up over micro-batches: set train.micro_batch_sequences="
@@ -295,6 +296,36 @@ class Config(Section):
                 f"max_position_embeddings={self.model.max_position_embeddings}: lower the one or raise the other"
             )
         return self
+
+    def _require_layout(self) -> None:
+        """Refuse, with LayoutError or ValueError, what the layout cannot do or would silently not mean."""
+        parallel, train, degrees = self.parallel, self.train, self.parallel.degrees()
+        degrees.check(self.model, stages_differ=True)
+        num_stages = parallel.pp * parallel.virtual_stages
+        stage_layers(self.model.num_hidden_layers, num_stages, parallel.stage_layers)
+        batch, micro = train.global_batch_sequences, train.micro_batch_sequences
+        count = num_micro_batches(degrees, batch, micro, parallel.micro_batch_num)
+        if parallel.pp == 1 and (parallel.schedule != "1f1b" or parallel.virtual_stages > 1 or parallel.stage_layers):
+            raise ValueError(
+                "parallel.schedule, virtual_stages and stage_layers mean nothing with pp=1: leave them out"
+            )
+        if parallel.virtual_stages > 1 and parallel.schedule != "interleaved":
+            raise ValueError(
+                f"parallel.virtual_stages={parallel.virtual_stages} belongs to schedule=interleaved, not to "
+                f"{parallel.schedule}: change one of them"
+            )
+        if parallel.schedule == "interleaved" and count % parallel.pp:
+            more = -(-count // parallel.pp) * parallel.pp * batch // count
+            raise ValueError(
+                f"parallel.schedule=interleaved takes micro-batches pp={parallel.pp} at a time and there are {count}: "
+                f"use a multiple (train.global_batch_sequences={more}), or 1f1b"
+            )
+        if train.exact and degrees.tp * degrees.cp * degrees.ep > 1:
+            raise ValueError("train.exact is the path of one process: set tp, cp and ep to 1, or exact to false")
+        if self.moe.balance == "hf" and degrees.num_ranks > 1:
+            raise ValueError("moe.balance=hf is a formula over one process's layers and tokens: balance per sequence")
+        if train.compile and parallel.schedule == "zero_bubble":
+            raise ValueError("train.compile cannot split backward passes as zero_bubble does: take another schedule")
 
     def as_yaml(self) -> str:
         """Return the config as a recipe that gives it back."""

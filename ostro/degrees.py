@@ -144,6 +144,30 @@ def _is_expert(dims: Sequence[str]) -> bool:
     return "expert" in dims and len(dims) > 2
 
 
+def num_micro_batches(degrees: Degrees, global_sequences: int, micro_sequences: int, given: int | None = None) -> int:
+    """Return how many micro-batches a rank works through in a step.
+
+    Raises LayoutError where the batch does not divide over the data ranks (dp·fsdp) and, over several ranks, where a
+    micro-batch would be smaller than the others, or where the number is not the `given` one.
+    """
+    data_ranks = degrees.dp * degrees.fsdp
+    each = data_ranks * micro_sequences
+    if degrees.num_ranks > 1 and global_sequences % each:
+        raise LayoutError(
+            f"train.global_batch_sequences={global_sequences} is no multiple of dp·fsdp·micro_batch_sequences="
+            f"{degrees.dp}·{degrees.fsdp}·{micro_sequences}={each}: use {-(-global_sequences // each) * each}, or "
+            "other degrees."
+        )
+    found = -(-global_sequences // each)
+    if given is not None and given != found:
+        raise LayoutError(
+            f"parallel.micro_batch_num={given} and train.global_batch_sequences={global_sequences} over dp·fsdp·"
+            f"micro_batch_sequences={each} make {found}: set train.global_batch_sequences={given * each}, or leave "
+            "micro_batch_num out."
+        )
+    return found
+
+
 def require_divides(degrees: Mapping[str, int], sizes: Mapping[str, tuple[str, int]]) -> None:
     """Raise LayoutError unless each named degree divides the (setting, size) it cuts, saying which would."""
     for name, (setting, size) in sizes.items():

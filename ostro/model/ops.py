@@ -104,12 +104,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # itself: what recompute hands back for a saved tensor is another
+        ctx.save_for_backward(x)
         return product(x, cast(weight, x.dtype).t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         leave_for_later((weight,), lambda: (product(grad.flatten(0, -2).t(), x.flatten(0, -2)),))
         return product(grad, cast(weight, x.dtype)), None
 

@@ -50,6 +50,9 @@ def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: 
         for some in _runs(blocks, together):
             fully_shard(some, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored)
         fully_shard(stage, mesh=mesh.whole, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
+    elif mesh.sparse is not None:  # a root with nothing of its own, for the experts to be told together
+        everything = set(stage.parameters())
+        fully_shard(stage, mesh=mesh.sparse, mp_policy=policy, ignored_params=everything)
     for module in _sharded(stage):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other

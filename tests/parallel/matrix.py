@@ -29,7 +29,7 @@ DIMENSIONS: dict[str, Case] = {
     "dropless": {},
     "token": {"moe.capacity_factor": 0.9, "moe.drop": "token"},
     "choice": {"moe.capacity_factor": 0.9, "moe.drop": "choice"},
-    "probability": {"moe.capacity_factor": 0.8, "moe.drop": "probability"},
+    "probability": {"moe.capacity_factor": 0.7, "moe.drop": "probability"},
 }
 # Of these a run has one at most.
 _EXCLUSIVE = (
