@@ -159,11 +159,14 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
-    """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one."""
+    """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one.
+
+    `async` writes while training goes on, from a copy in host memory.
+    """
 
     every: int = Field(default=1000, ge=0)
     keep: int = Field(default=5, ge=1)
-    asynchronous: Literal[False] = Field(default=False, alias="async")
+    asynchronous: bool = Field(default=True, alias="async")
     resume: Literal["auto", "must", "never"] = "auto"
 
 
@@ -257,7 +260,6 @@ _NOT_YET = {
     "lora": "LoRA is not there yet",
     "parallel.schedule": "there is no pipeline yet",
     "parallel": "this version trains in one process, so every degree is 1",
-    "checkpoint.async": "this version writes checkpoints synchronously",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import json
@@ -18,16 +17,15 @@ import torch
 from torch import Tensor
 
 from ostro import device as devices
-from ostro import log
+from ostro import log, resume
 from ostro.batch import batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader, Row
 from ostro.data.shards import Shards
-from ostro.data.sources import parse_weight
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.dataset import open_data, open_loader
-from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
+from ostro.errors import ConfigError, DataError, Error, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
 from ostro.model import kernels, layout, ops, routing
@@ -36,7 +34,9 @@ from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_grad_norm, learning_rate, set_learning_rate, state_tensors
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
-from ostro.weights.store import RandomReader, Reader, architecture_difference, load_into
+from ostro.weights.parts import Held, hold, load_held, load_weights
+from ostro.weights.saver import Saved, Saver
+from ostro.weights.store import RandomReader, Reader, architecture_difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,10 @@ class Outcome:
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """Everything a step needs; `step` counts the updates done."""
+    """Everything a step needs; `step` counts the updates done, `data` says which tokens they see.
+
+    `saved_step` is that of the newest checkpoint, `not_saved` why there is none, where that ends the run.
+    """
 
     config: Config
     run_dir: Path
@@ -67,13 +70,20 @@ class Run:
     model: Mixtral
     optimizer: torch.optim.AdamW
     total_steps: int
-    data_sha256: str
+    data: dict[str, Any]
+    saver: Saver
     step: int = 0
     num_tokens: int = 0
+    saved_step: int | None = None
+    not_saved: Error | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
+
+    def held(self) -> dict[str, Held]:
+        """What this rank has of the weights and the optimizer's state."""
+        return hold(state_tensors(self.model, self.optimizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +104,11 @@ def train(config: Config) -> Outcome:
     A run directory that holds checkpoints is resumed from the newest whole one, to the same bits an undisturbed run
     gives. A loss or gradient that is not finite raises TrainError before anything is updated.
     """
-    return _loop(set_up(config))
+    run = set_up(config)
+    try:
+        return _loop(run)
+    finally:
+        run.saver.finish()  # whatever ended the loop does not tear what is being written
 
 
 def set_up(config: Config) -> Run:
@@ -122,7 +136,8 @@ def set_up(config: Config) -> Run:
         model=model,
         optimizer=build_optimizer(model, config.model, config.optim),
         total_steps=_total_steps(config, loader),
-        data_sha256=token_shards.fingerprint(shards),
+        data=resume.data_state(config, tokenizer_sha256=tokenizer.sha256, data_sha256=token_shards.fingerprint(shards)),
+        saver=Saver(run_dir / "checkpoints", config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous),
     )
     newest = dcp.latest(run.checkpoints)
     if newest is not None and config.checkpoint.resume == "never":
@@ -132,7 +147,7 @@ def set_up(config: Config) -> Run:
     if newest is not None:
         _resume(run, newest)
     else:
-        load_into(model, _start_weights(config, tokenizer))
+        load_weights(_start_weights(config, tokenizer), hold(dict(model.named_parameters())))
     _write_run_files(run)
     return run
 
@@ -150,7 +165,7 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
     if differing is not None:
         name, ours, theirs = differing
         raise ConfigError(
-            f"weights.path={path} has {name}={theirs} and the config says {_section(name)}.{name}={ours}: "
+            f"weights.path={path} has {name}={theirs} and the config says {resume.section(name)}.{name}={ours}: "
             "set model to the folder the weights come from, or to the same values."
         )
     beside = tokenizer_beside(path)
@@ -160,11 +175,6 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
             "set data.tokenizer to the one of the weights and prepare the data with it."
         )
     return reader
-
-
-def _section(name: str) -> str:
-    """Return the section of a recipe in which a setting of the model stands."""
-    return "moe" if name == "router" else "model"
 
 
 def _check(config: Config, run_dir: Path, device: torch.device) -> None:
@@ -179,11 +189,16 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
     if reason is not None:
         raise ConfigError(reason)
     # fp32 weights, gradients and two moments; activations come on top.
-    needed, there = 16 * layout.num_parameters(config.model), devices.memory_bytes(device)
-    if needed > there:
+    num_parameters, there = layout.num_parameters(config.model), devices.memory_bytes(device)
+    if 16 * num_parameters > there:
         raise OutOfMemory(
-            f"training this model takes at least {needed / 1e9:,.0f} GB and {devices.name(device)} has "
+            f"training this model takes at least {16 * num_parameters / 1e9:,.0f} GB and {devices.name(device)} has "
             f"{there / 1e9:,.0f} GB: choose a smaller model, for instance model.num_hidden_layers=2."
+        )
+    if config.checkpoint.asynchronous and device.type == "cpu" and 28 * num_parameters > there:
+        raise OutOfMemory(
+            f"training this model beside a copy that is being saved takes at least {28 * num_parameters / 1e9:,.0f} GB "
+            f"and {devices.name(device)} has {there / 1e9:,.0f} GB: set checkpoint.async=false."
         )
 
 
@@ -296,7 +311,6 @@ def _loop(run: Run) -> Outcome:
     rate = devices.peak_flops(run.device, run.model.compute_dtype)
     profiling = config.profile.range()
     profiler = None
-    saved = run.step
     row: dict[str, Any] = {}
     with _Signals() as signals:
         while run.step < run.total_steps and signals.caught is None:
@@ -313,15 +327,19 @@ def _loop(run: Run) -> Outcome:
                 row |= evaluate(run.model, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
             metrics.write(row)
             progress.show(row)
+            _settle(run, run.saver.poll(), progress)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-                saved = _save(run, progress, saved)
+                _save(run, progress)
         if profiler is not None:  # stopped inside the range
             _write_profile(run, profiler)
-        if saved != run.step or dcp.latest(run.checkpoints) is None:
-            saved = _save(run, progress, saved)
+        _settle(run, run.saver.finish(), progress)
+        if run.saved_step != run.step:
+            _save(run, progress)
+            _settle(run, run.saver.finish(), progress)
+            _require_saved(run)
     metrics.close()
     is_exportable = config.model.router == "softmax"
-    return Outcome(run.run_dir, run.step, saved, row, signals.caught, is_exportable)
+    return Outcome(run.run_dir, run.step, run.saved_step or 0, row, signals.caught, is_exportable)
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
@@ -372,75 +390,41 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _save(run: Run, progress: log.Progress, saved: int) -> int:
-    """Write a checkpoint of the present step; return it, or `saved` where a full disk cost this checkpoint."""
-    state = {
-        "step": run.step,
-        "num_tokens": run.num_tokens,
-        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        "data": _data_state(run),
-        "model": run.config.model.as_fields(),
-        "config": _settings(run.config),
-    }
-    folder = dcp.step_folder(run.checkpoints, run.step)
-    try:
-        dcp.save(folder, state_tensors(run.model, run.optimizer), state)
-    except OutOfMemory as error:
-        if run.step == run.total_steps or dcp.latest(run.checkpoints) is None:
-            raise
-        progress.newline()
-        log.say(f"{error} {dcp.latest(run.checkpoints)} is kept.", style="yellow")
-        return saved
-    dcp.prune(run.checkpoints, run.config.checkpoint.keep)
-    return run.step
+def _save(run: Run, progress: log.Progress) -> None:
+    """Begin a checkpoint of the present step, after the one before has ended; without `async` it ends here."""
+    _settle(run, run.saver.finish(), progress)
+    _require_saved(run)
+    state = resume.state_of(run.config, run.data, step=run.step, num_tokens=run.num_tokens)
+    run.saver.save(run.step, run.held(), state)
+    if not run.config.checkpoint.asynchronous:
+        _settle(run, run.saver.finish(), progress)
+        _require_saved(run)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    return json.loads(config.model_dump_json(by_alias=True, exclude={"model"}))
+def _settle(run: Run, ended: list[Saved], progress: log.Progress) -> None:
+    """Note what was saved. A checkpoint that could not be written costs itself and not the run."""
+    for saved in ended:
+        if saved.error is None:
+            run.saved_step = saved.step
+        elif isinstance(saved.error, TrainError) or saved.step == run.total_steps or run.saved_step is None:
+            run.not_saved = saved.error
+        else:
+            progress.newline()
+            log.say(f"{saved.error} {dcp.step_folder(run.checkpoints, run.saved_step)} is kept.", style="yellow")
 
 
-def _data_state(run: Run) -> dict[str, Any]:
-    # The position is the step: order is a pure function of (seed, step) over these tokens, cut like this.
-    config = run.config
-    return {
-        "data.tokenizer (sha256)": run.tokenizer.sha256,
-        "data.seq_length": config.data.seq_length,
-        "data.path (sha256)": run.data_sha256,
-        "data.path (shares)": [parse_weight(path)[1] for path in config.data.path],
-        "data.weights_by": config.data.weights_by,
-        "data.packing": config.data.packing,
-        "data.overlong": config.data.overlong,
-        "data.pad_token_id": config.data.pad_token_id,
-        "data.shuffle": config.data.shuffle,
-        "train.seed": config.train.seed,
-        "train.global_batch_sequences": config.train.global_batch_sequences,
-    }
+def _require_saved(run: Run) -> None:
+    # Only where every rank comes at the same step: a thread's end is seen by one rank sooner than by another.
+    if run.not_saved is not None:
+        raise run.not_saved
 
 
 def _resume(run: Run, folder: Path) -> None:
     """Restore step, weights, optimizer and RNG, or say what no longer agrees with the checkpoint."""
-    state = dcp.read_state(folder)
-    before = {"router": "softmax", **state["model"]}
-    for name, now, then in (
-        *((f"{_section(k)}.{k}", v, before.get(k)) for k, v in dataclasses.asdict(run.config.model).items()),
-        *((k, v, state["data"].get(k)) for k, v in _data_state(run).items()),
-    ):
-        if now != then:
-            raise ConfigError(
-                f"{folder} was trained with {name}={then!r} and the config says {now!r}: change it back to resume, "
-                "or choose another run.dir."
-            )
-    config, defaults = _settings(run.config), _settings(Config())  # a setting newer than the checkpoint had its default
-    for section in ("train", "optim", "moe"):
-        for key, value in config[section].items():
-            earlier = state["config"][section].get(key, defaults[section][key])
-            if value != earlier:
-                log.say(
-                    f"from step {state['step']} on, {section}.{key} is {value!r} instead of {earlier!r}", style="yellow"
-                )
-    dcp.load(folder, state_tensors(run.model, run.optimizer))
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-    run.step, run.num_tokens = state["step"], state["num_tokens"]
+    resume.require_same(folder, dcp.read_state(folder), run.config, run.data)
+    state = load_held(folder, run.held())
+    resume.restore_rng(state)
+    run.step, run.num_tokens, run.saved_step = state["step"], state["num_tokens"], state["step"]
     done = run.step >= run.total_steps
     log.say(
         f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do"
