@@ -117,6 +117,8 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bits(
     # 8 with a short pause falls into the writing of a checkpoint.
     first = launch(data, tmp_path)
     wait_for_step(first, tmp_path, step)
+    while first.poll() is None and not (tmp_path / "checkpoints" / "step-00000004").exists():
+        time.sleep(0.005)  # it is written beside the steps
     time.sleep(pause)
     first.kill()
     assert first.wait() == -signal.SIGKILL

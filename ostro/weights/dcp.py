@@ -137,7 +137,7 @@ class CheckpointReader:
         if "host" in state:
             raise WeightsError(
                 f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} needs: give the checkpoint "
-                "that it was made from."
+                "that it was made from, or bring all hosts' together first: ostro convert HOSTDIR… DST --to dcp."
             )
         self._file = open_tensors(folder, WEIGHTS_PREFIX)
         held = self._file.infos

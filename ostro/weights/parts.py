@@ -65,13 +65,12 @@ def load_held(folder: Path, held: Mapping[str, Held], names: Collection[str] | N
     state = dcp.read_state(folder)
     is_part = "host" in state
     file = open_tensors(folder, "", is_partial=is_part)
-    if is_part:
-        _require_own(folder, file, held, state)
     wanted = {name: piece.shape for name, piece in held.items()}
     for name in names or ():  # what only other ranks have is theirs to compare
         wanted.setdefault(name, file.infos[name].shape if name in file.infos else ())
-    stored = {name: info.shape for name, info in file.infos.items() if not is_part or name in held}
-    match_shapes(str(folder), stored, wanted if not is_part else {name: wanted[name] for name in held}, _ADVICE)
+    match_shapes(str(folder), {name: info.shape for name, info in file.infos.items()}, wanted, _ADVICE)
+    if is_part:
+        _require_own(folder, file, held, state)
     for name, piece in held.items():
         if file.infos[name].dtype != piece.tensor.dtype:
             raise WeightsError(
@@ -110,8 +109,7 @@ def load_weights(reader: Reader, held: Mapping[str, Held]) -> None:
 def _require_own(folder: Path, file: GatheredFile, held: Mapping[str, Held], state: Mapping[str, Any]) -> None:
     """Raise WeightsError unless a host's own folder has all that a rank holds."""
     for name, piece in held.items():
-        there = file.boxes(name) if name in file.infos else []
-        common = (piece.box.overlap(box) for box in there)
+        common = (piece.box.overlap(box) for box in file.boxes(name))
         if sum(box.num_elements for box in common if box is not None) != piece.box.num_elements:
             raise WeightsError(
                 f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} had, and not all that this "

@@ -148,7 +148,7 @@ def every_name(held: Mapping[str, Held], group: dist.ProcessGroup | None = None)
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a rank writes of what it holds; for one that leads also what the ranks of its disk hold, and its bytes."""
+    """What a rank writes of what it holds; for one that leads also every tensor there is, and the bytes of its disk."""
 
     rank: int
     leads: Sequence[int]  # of every rank: the lowest that shares its disk
@@ -258,21 +258,23 @@ def _plans(held: list[dict[str, tuple[TensorInfo, Box]]], leads: Sequence[int]) 
     _require_sound(held)
     mine: list[list[str]] = [[] for _ in held]
     num_bytes = [0] * len(held)
-    infos: list[dict[str, TensorInfo]] = [{} for _ in held]
+    infos: dict[str, TensorInfo] = {}
     holders: dict[tuple[int, str, Box], list[int]] = {}
     for rank, pieces in enumerate(held):
         for name, (info, box) in pieces.items():
-            infos[leads[rank]][name] = info
+            infos[name] = info
             if box.num_elements:
                 holders.setdefault((leads[rank], name, box), []).append(rank)
     totals = [0] * len(held)
     for (lead, name, box), ranks in holders.items():
         writer = min(ranks, key=num_bytes.__getitem__)
-        size = box.num_elements * infos[lead][name].dtype.itemsize
+        size = box.num_elements * infos[name].dtype.itemsize
         mine[writer].append(name)
         num_bytes[writer] += size
         totals[lead] += size
-    return [_Plan(rank, leads, mine[rank], infos[rank], totals[rank]) for rank in range(len(held))]
+    # A lead names also what only other disks hold: a host's folder then shows what it is a part of.
+    of_leads = [infos if leads[rank] == rank else {} for rank in range(len(held))]
+    return [_Plan(rank, leads, mine[rank], of_leads[rank], totals[rank]) for rank in range(len(held))]
 
 
 def _require_sound(held: list[dict[str, tuple[TensorInfo, Box]]]) -> None:
