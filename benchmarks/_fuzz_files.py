@@ -44,6 +44,8 @@ from ostro.weights import (
 )
 from ostro.weights.gguf_vocabulary import Vocabulary
 from ostro.weights.mindspore_layout import MindSporeDegrees
+from ostro.weights.parts import hold
+from ostro.weights.saver import Saver
 from ostro.weights.store import NO_HINTS
 from ostro.weights.strategy import read_strategies, write_merged
 
@@ -213,7 +215,9 @@ def _dcp_train(folder: Path) -> Sample:
     source = _source(ONE_LAYER)
     tensors = {f"model.{p.name}": source.read(p.name).clone() for p in layout.parameters(ONE_LAYER)}
     tensors["optim.step"] = torch.tensor(3.0)
-    dcp.save(folder / "checkpoints" / "step-00000100", tensors, {"model": ONE_LAYER.as_fields(), "step": 100})
+    saver = Saver(folder / "checkpoints", keep=1)
+    saver.save(100, hold(tensors), {"model": ONE_LAYER.as_fields(), "step": 100})
+    assert [saved.error for saved in saver.finish()] == [None]
     place = "checkpoints/step-00000100/"
     return _sample(folder, {place + name: describe for name, describe in _DCP_TARGETS.items()})
 

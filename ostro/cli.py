@@ -213,7 +213,12 @@ def evaluate(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint of any format, rank folders, or a run directory.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="A checkpoint of any format, rank folders, a run directory; or one folder a host, to join."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="The folder to write, or a file ending in .ckpt or .gguf.")],
     to: Annotated[str | None, typer.Option(help="hf, mistral, mindspore, mindspore-gmm, dcp or gguf.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The source's format, where it is not seen.")] = None,
@@ -236,7 +241,8 @@ def convert(
 
     run_convert(
         Request(
-            source=source,
+            source=sources[0],
+            others=tuple(sources[1:]),
             target=target,
             to=to,
             format=from_,

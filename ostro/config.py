@@ -216,11 +216,14 @@ def _translated(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 class Checkpoint(Section):
-    """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one."""
+    """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one.
+
+    `async` writes while training goes on, from a copy in host memory.
+    """
 
     every: int = Field(default=1000, ge=0)
     keep: int = Field(default=5, ge=1)
-    asynchronous: Literal[False] = Field(default=False, alias="async")
+    asynchronous: bool = Field(default=True, alias="async")
     resume: Literal["auto", "must", "never"] = "auto"
 
 
@@ -341,7 +344,6 @@ _NOT_YET = {
     "train.dtype": "this version computes in bf16 or fp32",
     "train.master_dtype": "this version keeps fp32 master weights",
     "lora": "LoRA is not there yet",
-    "checkpoint.async": "this version writes checkpoints synchronously",
 }
 
 

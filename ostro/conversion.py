@@ -19,6 +19,7 @@ from ostro.log import size
 from ostro.model.settings import ModelConfig
 from ostro.serve.engine import tokenizer_beside, torch_dtype
 from ostro.weights import Reader
+from ostro.weights.joined import join
 from ostro.weights.mindspore_layout import MindSporeDegrees
 
 # Which formats a target of this suffix is a file of; without --to the first is meant.
@@ -45,7 +46,10 @@ _ONLY = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked, in the words of the command line; None and False where nothing was."""
+    """What was asked, in the words of the command line; None and False where nothing was.
+
+    `others` are the folders of further hosts, where they share no disk.
+    """
 
     source: str
     target: Path
@@ -63,6 +67,7 @@ class Request:
     qkv_concat: bool = False
     quantize: str | None = None
     verify: bool = False
+    others: tuple[str, ...] = ()
 
 
 def convert(asked: Request, say: Callable[[str], None]) -> None:
@@ -71,6 +76,8 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
     Raises ConfigError for options that do not go together, WeightsError and OutOfMemory as the formats do: the target
     is then as it was before.
     """
+    if asked.others:
+        return _join(asked, say)
     to = asked.to or _FILES.get(asked.target.suffix, ("hf",))[0]
     _require_fitting(asked, to)
     reader = weights.open_reader(asked.source, hints_of(asked.format, asked.model, asked.strategy, asked.step))
@@ -99,6 +106,26 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
         say(f"  {note}")
     if made.sha256:
         say(f"  read back and compared: every bit is as meant, sha256 of all tensors {made.sha256}")
+    return None
+
+
+def _join(asked: Request, say: Callable[[str], None]) -> None:
+    """Bring the folders of hosts without a shared disk together, the optimizer's state included."""
+    plain = Request(asked.source, asked.target, to="dcp", step=asked.step, others=asked.others)
+    if dataclasses.replace(asked, to=asked.to or "dcp") != plain:
+        raise ConfigError(
+            "several sources are the folders of hosts without a shared disk, which are joined with --to dcp and at "
+            "most --step: convert what comes of it with the other options."
+        )
+    start = time.perf_counter()
+    with _interruptible(_Progress(None), asked.target, say):
+        first = join([Path(source) for source in (asked.source, *asked.others)], asked.target, asked.step)
+    say(
+        f"wrote {asked.target} as dcp, {size(_bytes_of(asked.target))} in {time.perf_counter() - start:.1f} s, of "
+        f"{first.name} of {len(asked.others) + 1} hosts"
+    )
+    if asked.target.name != first.name:
+        say(f"  to resume from it, put it where all ranks see it, as checkpoints/{first.name} of the run directory")
 
 
 def _is_bare(asked: Request, to: str) -> bool:

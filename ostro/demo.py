@@ -238,6 +238,7 @@ def _overrides(folder: Path, total_steps: int, stretch: int) -> list[str]:
         f"data.seq_length={_SEQ_LENGTH}",
         f"train.steps={total_steps}",
         f"checkpoint.every={stretch}",
+        "checkpoint.async=false",  # the kill falls between two checkpoints, not into the writing of one
         f"run.dir={folder / 'run'}",
         f"run.log_every={stretch}",
     ]

@@ -66,17 +66,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard of one run; opening it cuts the file back to the steps up to `step`."""
+    """metrics.jsonl and TensorBoard of one run, on rank 0; opening it cuts the file back to the steps up to `step`."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
+        self._file: IO[str] | None = None
+        self._board = None
+        if not is_main_rank():
+            return
         self.path = run_dir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(run_dir, step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step's row; its scalars go to TensorBoard too."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -90,7 +96,8 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -54,6 +54,12 @@ def state_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim
     return tensors
 
 
+def parameter_of(key: str) -> str:
+    """Return the parameter that a tensor of a training checkpoint (`state_tensors`) belongs to."""
+    kind, _, name = key.partition(".")
+    return name if kind == "model" else name.rpartition(".")[0]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the rate of every group."""
     for group in optimizer.param_groups:

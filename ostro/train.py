@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import math
@@ -17,25 +16,27 @@ import torch
 from torch import Tensor
 
 from ostro import device as devices
-from ostro import log
+from ostro import log, resume
 from ostro.batch import batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
 from ostro.data.shards import Shards
-from ostro.data.sources import parse_weight
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.dataset import open_data, open_loader
-from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
+from ostro.errors import ConfigError, DataError, Error, OutOfMemory, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
 from ostro.model import kernels, layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
-from ostro.parallel.apply import World, load_world, parallelize
-from ostro.parallel.mesh import open_mesh
+from ostro.parallel.apply import World, parallelize
+from ostro.parallel.mesh import first_of_host, host_group, open_mesh
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
+from ostro.weights.parts import Held, load_held, load_weights
+from ostro.weights.saver import Saved, Saver, every_name
+from ostro.weights.saver import newest as newest_of_all
 from ostro.weights.store import RandomReader, Reader, architecture_difference
 
 
@@ -56,7 +57,10 @@ class Outcome:
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """Everything a step needs; `step` counts the updates done."""
+    """Everything a step needs; `step` counts the updates done, `data` says which tokens they see.
+
+    `saved_step` is that of the newest checkpoint, `not_saved` why there is none, where that ends the run.
+    """
 
     config: Config
     run_dir: Path
@@ -67,9 +71,12 @@ class Run:
     world: World
     optimizer: torch.optim.AdamW
     total_steps: int
-    data_sha256: str
+    data: dict[str, Any]
+    saver: Saver
     step: int = 0
     num_tokens: int = 0
+    saved_step: int | None = None
+    not_saved: Error | None = None
 
     @property
     def model(self) -> Mixtral:
@@ -79,6 +86,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.run_dir / "checkpoints"
+
+    def held(self) -> dict[str, Held]:
+        """What this rank has of the weights and the optimizer's state."""
+        return self.world.held(state_tensors(self.world.parameters(), self.optimizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +110,11 @@ def train(config: Config) -> Outcome:
     A run directory that holds checkpoints is resumed from the newest whole one, to the same bits an undisturbed run
     gives. A loss or gradient that is not finite raises TrainError before anything is updated.
     """
-    return _loop(set_up(config))
+    run = set_up(config)
+    try:
+        return _loop(run)
+    finally:
+        run.saver.finish()  # whatever ended the loop does not tear what is being written
 
 
 def set_up(config: Config) -> Run:
@@ -112,8 +127,9 @@ def set_up(config: Config) -> Run:
     devices.set_deterministic(device)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    loader, shards = open_loader(config, tokenizer)
-    eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
+    with first_of_host():  # which prepares what is to be prepared; the others then find it
+        loader, shards = open_loader(config, tokenizer)
+        eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
     if device.type == "cpu":
         keep_freed_memory()  # not before: preparing data gives back what its encoder had
     world = parallelize(config, open_mesh(config.parallel.degrees(), device), compute_dtype(config, device))
@@ -127,9 +143,20 @@ def set_up(config: Config) -> Run:
         world=world,
         optimizer=build_optimizer(world.parameters(), config.model, config.optim),
         total_steps=_total_steps(config, loader),
-        data_sha256=token_shards.fingerprint(shards),
+        data=resume.data_state(config, tokenizer_sha256=tokenizer.sha256, data_sha256=token_shards.fingerprint(shards)),
+        saver=Saver(
+            run_dir / "checkpoints", config.checkpoint.keep, host_group(), asynchronous=config.checkpoint.asynchronous
+        ),
     )
-    newest = dcp.latest(run.checkpoints)
+    _start_or_resume(run)
+    if log.is_main_rank():
+        _write_run_files(run)
+    return run
+
+
+def _start_or_resume(run: Run) -> None:
+    config, run_dir = run.config, run.run_dir
+    newest = newest_of_all(run.checkpoints, run.saver.group)
     if newest is not None and config.checkpoint.resume == "never":
         raise ConfigError(f"{run_dir} already holds {newest.name} and checkpoint.resume=never: choose another run.dir.")
     if newest is None and config.checkpoint.resume == "must":
@@ -137,9 +164,7 @@ def set_up(config: Config) -> Run:
     if newest is not None:
         _resume(run, newest)
     else:
-        load_world(world, _start_weights(config, tokenizer))
-    _write_run_files(run)
-    return run
+        load_weights(_start_weights(config, run.tokenizer), run.world.held_parameters())
 
 
 def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
@@ -155,7 +180,7 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
     if differing is not None:
         name, ours, theirs = differing
         raise ConfigError(
-            f"weights.path={path} has {name}={theirs} and the config says {_section(name)}.{name}={ours}: "
+            f"weights.path={path} has {name}={theirs} and the config says {resume.section(name)}.{name}={ours}: "
             "set model to the folder the weights come from, or to the same values."
         )
     beside = tokenizer_beside(path)
@@ -165,11 +190,6 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
             "set data.tokenizer to the one of the weights and prepare the data with it."
         )
     return reader
-
-
-def _section(name: str) -> str:
-    """Return the section of a recipe in which a setting of the model stands."""
-    return "moe" if name == "router" else "model"
 
 
 def _check(config: Config, run_dir: Path, device: torch.device) -> None:
@@ -184,11 +204,16 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
     if reason is not None:
         raise ConfigError(reason)
     # fp32 weights, gradients and two moments; activations come on top.
-    needed, there = 16 * layout.num_parameters(config.model), devices.memory_bytes(device)
-    if needed > there:
+    num_parameters, there = layout.num_parameters(config.model), devices.memory_bytes(device)
+    if 16 * num_parameters > there:
         raise OutOfMemory(
-            f"training this model takes at least {needed / 1e9:,.0f} GB and {devices.name(device)} has "
+            f"training this model takes at least {16 * num_parameters / 1e9:,.0f} GB and {devices.name(device)} has "
             f"{there / 1e9:,.0f} GB: choose a smaller model, for instance model.num_hidden_layers=2."
+        )
+    if config.checkpoint.asynchronous and device.type == "cpu" and 28 * num_parameters > there:
+        raise OutOfMemory(
+            f"training this model beside a copy that is being saved takes at least {28 * num_parameters / 1e9:,.0f} GB "
+            f"and {devices.name(device)} has {there / 1e9:,.0f} GB: set checkpoint.async=false."
         )
 
 
@@ -294,14 +319,13 @@ def _loop(run: Run) -> Outcome:
     config = run.config
     metrics = log.Metrics(run.run_dir, run.step)
     progress = log.Progress(run.total_steps, config.run.log_every)
-    rate = devices.peak_flops(run.device, run.model.compute_dtype)
+    rate = devices.peak_flops(run.device, run.model.compute_dtype) * run.world.mesh.degrees.num_ranks
     profiling = config.profile.range()
     profiler = None
-    saved = run.step
     row: dict[str, Any] = {}
     with _Signals() as signals:
-        while run.step < run.total_steps and signals.caught is None:
-            if profiling and profiler is None and profiling[0] <= run.step + 1 <= profiling[1]:
+        while run.step < run.total_steps and not run.world.any_rank(signals.caught or 0):
+            if profiling and profiler is None and log.is_main_rank() and profiling[0] <= run.step + 1 <= profiling[1]:
                 profiler = _start_profiler()
             start = time.perf_counter()
             stats = train_step(run)
@@ -314,15 +338,20 @@ def _loop(run: Run) -> Outcome:
                 row |= evaluate(run.world, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
             metrics.write(row)
             progress.show(row)
+            _settle(run, run.saver.poll(), progress)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-                saved = _save(run, progress, saved)
+                _save(run, progress)
         if profiler is not None:  # stopped inside the range
             _write_profile(run, profiler)
-        if saved != run.step or dcp.latest(run.checkpoints) is None:
-            saved = _save(run, progress, saved)
+        _settle(run, run.saver.finish(), progress)
+        if run.saved_step != run.step:
+            _save(run, progress)
+            _settle(run, run.saver.finish(), progress)
+            _require_saved(run)
     metrics.close()
     is_exportable = config.model.router == "softmax"
-    return Outcome(run.run_dir, run.step, saved, row, signals.caught, is_exportable)
+    caught = run.world.any_rank(signals.caught or 0) or None  # a signal may have come to another rank
+    return Outcome(run.run_dir, run.step, run.saved_step or 0, row, caught, is_exportable)
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
@@ -373,75 +402,42 @@ class _Signals:
             signal.signal(number, handler)
 
 
-def _save(run: Run, progress: log.Progress, saved: int) -> int:
-    """Write a checkpoint of the present step; return it, or `saved` where a full disk cost this checkpoint."""
-    state = {
-        "step": run.step,
-        "num_tokens": run.num_tokens,
-        "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        "data": _data_state(run),
-        "model": run.config.model.as_fields(),
-        "config": _settings(run.config),
-    }
-    folder = dcp.step_folder(run.checkpoints, run.step)
-    try:
-        dcp.save(folder, state_tensors(run.world.parameters(), run.optimizer), state)
-    except OutOfMemory as error:
-        if run.step == run.total_steps or dcp.latest(run.checkpoints) is None:
-            raise
-        progress.newline()
-        log.say(f"{error} {dcp.latest(run.checkpoints)} is kept.", style="yellow")
-        return saved
-    dcp.prune(run.checkpoints, run.config.checkpoint.keep)
-    return run.step
+def _save(run: Run, progress: log.Progress) -> None:
+    """Begin a checkpoint of the present step, after the one before has ended; without `async` it ends here."""
+    _settle(run, run.saver.finish(), progress)
+    _require_saved(run)
+    state = resume.state_of(run.config, run.data, step=run.step, num_tokens=run.num_tokens)
+    run.saver.save(run.step, run.held(), state)
+    if not run.config.checkpoint.asynchronous:
+        _settle(run, run.saver.finish(), progress)
+        _require_saved(run)
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    return json.loads(config.model_dump_json(by_alias=True, exclude={"model"}))
+def _settle(run: Run, ended: list[Saved], progress: log.Progress) -> None:
+    """Note what was saved. A checkpoint that could not be written costs itself and not the run."""
+    for saved in ended:
+        if saved.error is None:
+            run.saved_step = saved.step
+        elif isinstance(saved.error, TrainError) or saved.step == run.total_steps or run.saved_step is None:
+            run.not_saved = saved.error
+        else:
+            progress.newline()
+            log.say(f"{saved.error} {dcp.step_folder(run.checkpoints, run.saved_step)} is kept.", style="yellow")
 
 
-def _data_state(run: Run) -> dict[str, Any]:
-    # The position is the step: order is a pure function of (seed, step) over these tokens, cut like this.
-    config = run.config
-    return {
-        "data.tokenizer (sha256)": run.tokenizer.sha256,
-        "data.seq_length": config.data.seq_length,
-        "data.path (sha256)": run.data_sha256,
-        "data.path (shares)": [parse_weight(path)[1] for path in config.data.path],
-        "data.weights_by": config.data.weights_by,
-        "data.packing": config.data.packing,
-        "data.overlong": config.data.overlong,
-        "data.pad_token_id": config.data.pad_token_id,
-        "data.shuffle": config.data.shuffle,
-        "train.seed": config.train.seed,
-        "train.global_batch_sequences": config.train.global_batch_sequences,
-    }
+def _require_saved(run: Run) -> None:
+    # Only where every rank comes at the same step: a thread's end is seen by one rank sooner than by another.
+    if run.not_saved is not None:
+        raise run.not_saved
 
 
 def _resume(run: Run, folder: Path) -> None:
     """Restore step, weights, optimizer and RNG, or say what no longer agrees with the checkpoint."""
-    state = dcp.read_state(folder)
-    before = {"router": "softmax", **state["model"]}
-    for name, now, then in (
-        *((f"{_section(k)}.{k}", v, before.get(k)) for k, v in dataclasses.asdict(run.config.model).items()),
-        *((k, v, state["data"].get(k)) for k, v in _data_state(run).items()),
-    ):
-        if now != then:
-            raise ConfigError(
-                f"{folder} was trained with {name}={then!r} and the config says {now!r}: change it back to resume, "
-                "or choose another run.dir."
-            )
-    config, defaults = _settings(run.config), _settings(Config())  # a setting newer than the checkpoint had its default
-    for section in ("train", "optim", "moe"):
-        for key, value in config[section].items():
-            earlier = state["config"][section].get(key, defaults[section][key])
-            if value != earlier:
-                log.say(
-                    f"from step {state['step']} on, {section}.{key} is {value!r} instead of {earlier!r}", style="yellow"
-                )
-    dcp.load(folder, state_tensors(run.world.parameters(), run.optimizer))
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["rng"])), dtype=torch.uint8))
-    run.step, run.num_tokens = state["step"], state["num_tokens"]
+    resume.require_same(folder, dcp.read_state(folder), run.config, run.data)
+    held = run.held()
+    state = load_held(folder, held, every_name(held, run.saver.group))
+    resume.restore_rng(state)
+    run.step, run.num_tokens, run.saved_step = state["step"], state["num_tokens"], state["step"]
     done = run.step >= run.total_steps
     log.say(
         f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do"

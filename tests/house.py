@@ -23,7 +23,7 @@ LAYERS = (
     ("demo",),
     ("doctor", "plan", "conversion", "preparation"),
     ("train",),
-    ("evaluate", "report", "verify", "inspection"),
+    ("evaluate", "report", "verify", "inspection", "resume"),
     ("serve",),
     ("parallel",),
     ("weights", "optim", "batch", "dataset"),

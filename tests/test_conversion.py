@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save
 from torch import Tensor
 
 from ostro import weights
@@ -143,7 +144,7 @@ def test_the_step_that_was_taken_is_named(capsys: pytest.CaptureFixture[str], tm
         reader = RandomReader(SMALL, step)
         tensors = {dcp.WEIGHTS_PREFIX + name: reader.read(name) for name in reader.names()}
         folder = dcp.step_folder(tmp_path / "run" / "checkpoints", step)
-        dcp.save(folder, tensors, {"step": step, "model": SMALL.as_fields()})
+        save(folder, tensors, {"step": step, "model": SMALL.as_fields()})
     code, out, _ = run(capsys, "convert", tmp_path / "run", tmp_path / "newest")
     assert code == 0
     assert "step-00000012" in out

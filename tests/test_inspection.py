@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def test_the_preset_and_the_step_are_named(capsys: pytest.CaptureFixture[str], t
     tensors = {dcp.WEIGHTS_PREFIX + name: reader.read(name) for name in reader.names()}
     for step in (1, 30):
         folder = dcp.step_folder(tmp_path / "run" / "checkpoints", step)
-        dcp.save(folder, tensors, {"step": step, "model": SMALL.as_fields()})
+        save(folder, tensors, {"step": step, "model": SMALL.as_fields()})
     code, out, _ = run(capsys, tmp_path / "run")
     assert code == 0
     assert "step-00000030" in out

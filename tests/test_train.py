@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from ostro.data.tokenizer import load_tokenizer
 from ostro.errors import ConfigError, DataError, OutOfMemory, TrainError
 from ostro.log import read_metrics
 from ostro.train import set_up, train, train_step
-from ostro.weights import dcp
+from ostro.weights import dcp, saver
 
 SMALL = [
     "model.hidden_size=32",
@@ -116,6 +117,8 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bits(
     # 8 with a short pause falls into the writing of a checkpoint.
     first = launch(data, tmp_path)
     wait_for_step(first, tmp_path, step)
+    while first.poll() is None and not (tmp_path / "checkpoints" / "step-00000004").exists():
+        time.sleep(0.005)  # it is written beside the steps
     time.sleep(pause)
     first.kill()
     assert first.wait() == -signal.SIGKILL
@@ -291,18 +294,24 @@ def test_an_empty_batch_of_labels_is_said(tmp_path: Path) -> None:
         train_step(run)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
-    data: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asynchronous: bool,
 ) -> None:
-    real = dcp.save
+    real = saver.written_beside
 
-    def save(folder: Path, *rest: object) -> None:
+    def written_beside(folder: Path, **rest: Any) -> Any:
         if folder.name == "step-00000008":
             raise OutOfMemory(f"{folder} could not be written whole.")
-        real(folder, *rest)  # type: ignore[arg-type]
+        return real(folder, **rest)
 
-    monkeypatch.setattr(dcp, "save", save)
-    train(config(data, tmp_path))
+    monkeypatch.setattr(saver, "written_beside", written_beside)
+    train(config(data, tmp_path, f"checkpoint.async={asynchronous}"))
     assert "step-00000004 is kept" in " ".join(capsys.readouterr().out.split())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000012"]
     assert digest(tmp_path) == digest(undisturbed)

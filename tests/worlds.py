@@ -60,6 +60,7 @@ def _fork(rank: int, size: int, folder: Path, rank_main: Callable[..., Any], arg
     try:
         os.setsid()
         torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         store = dist.FileStore(str(folder / "store"), size)
         timeout = datetime.timedelta(seconds=timeout_seconds)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +18,13 @@ from ostro.model import layout
 from ostro.model.balance import update_bias
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
+from ostro.optim import parameter_of
 from ostro.parallel import context, expert, fsdp, recompute, tensor
 from ostro.parallel.mesh import Mesh
 from ostro.parallel.mesh import alone as one_process
 from ostro.parallel.pipeline import Pipeline, Stage, split
-from ostro.weights.store import Reader
-
-Boxed = tuple[tuple[int, ...], tuple[int, ...]]
+from ostro.weights.parts import Held
+from ostro.weights.reshard import Box
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,10 +39,36 @@ class World:
         """Return this rank's parameters by canonical name; of the sharded ones it holds a part."""
         return {name: p for stage in self.pipeline.stages for name, p in stage.model.named_parameters()}
 
-    def box(self, name: str) -> Boxed | None:
-        """Return offsets and sizes of what this rank holds of a parameter; None if it is nothing."""
-        parameter = layout.table(self.model)[name]
-        return self.mesh.degrees.box(self.mesh.rank, parameter.kind.dims, parameter.shape, None)
+    def held_parameters(self) -> dict[str, Held]:
+        """Return this rank's parts of the parameters, with their places; those it has nothing of are left out."""
+        return self._held({name: (name, p.detach()) for name, p in self.parameters().items()})
+
+    def held(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
+        """Return this rank's parts of a training checkpoint's tensors (`optim.state_tensors`), with their places."""
+        return self._held({key: (parameter_of(key), value) for key, value in tensors.items()})
+
+    def _held(self, tensors: Mapping[str, tuple[str, Tensor]]) -> dict[str, Held]:
+        table, found = layout.table(self.model), {}
+        for key, (name, value) in tensors.items():
+            parameter, values = table[name], local(value)
+            if not values.shape:  # a count of steps
+                found[key] = Held(values, Box((), ()), ())
+                continue
+            box = self.mesh.degrees.box(self.mesh.rank, parameter.kind.dims, parameter.shape, None)
+            if box is None:
+                assert not values.numel(), key
+            else:
+                assert tuple(values.shape) == box[1], (key, values.shape, box)
+                found[key] = Held(values, Box(*box), parameter.shape)
+        return found
+
+    def any_rank(self, number: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        if self.mesh.degrees.num_ranks == 1:
+            return number
+        most = torch.tensor(number, device=self.mesh.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
 
     def forward_backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Add gradients of `scale` times the loss; return this rank's part of it, which `sum_over_ranks` completes."""
@@ -158,8 +185,7 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
         context.apply(model, mesh)
         recompute.apply(model, config.train.recompute)
         if config.train.compile:
-            for block in model.blocks.values():
-                block.compile(dynamic=True)
+            _compile(model)
         stage = Stage(model, index)
         reshard = degrees.pp == 1
         fsdp.apply(stage, model, mesh, parallel.gradient_aggregation_group, reshard)
@@ -168,25 +194,23 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
     return World(mesh, config.model, pipeline)
 
 
-@torch.no_grad()
-def load_world(world: World, reader: Reader) -> None:
-    """Fill this rank's parts of the parameters from a checkpoint, reading its own slices only."""
-    for name, p in world.parameters().items():
-        box = world.box(name)
-        if box is not None:
-            where = tuple(slice(first, first + size) for first, size in zip(*box, strict=True))
-            local(p).copy_(reader.read(name, where))
-
-
 def alone(model: Mixtral) -> World:
     """Return a whole model in this one process as a world."""
     mesh = one_process(model.head_weight.device)
     return World(mesh, model.config, Pipeline([Stage(model, 0)], mesh, 1, "1f1b"))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(value: Tensor) -> Tensor:
     """Return the memory of a tensor that is on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _compile(model: Mixtral) -> None:
+    """Compile what lies between the products: norms, rotary positions, casts. Lengths of documents stay outside."""
+    for block in model.blocks.values():
+        attend: Any = torch.compiler.disable(block.self_attn.attend)
+        block.self_attn.attend = attend
+        block.self_attn.compile(dynamic=True)
 
 
 def _cut_parameters(model: Mixtral, mesh: Mesh) -> None:

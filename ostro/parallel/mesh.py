@@ -6,7 +6,10 @@ group of one rank is None: nothing is ever communicated over it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -129,6 +132,24 @@ def open_mesh(degrees: Degrees, device: torch.device) -> Mesh:
         whole=_sharding(whole, d.dp, "fsdp" if whole is dense else "whole"),
         sparse=_sharding(sparse, d.dp, "efsdp"),
     )
+
+
+@contextlib.contextmanager
+def first_of_host() -> Iterator[None]:
+    """Let the first rank of each host go through alone, and the others after it; if it fails, so do they."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    has_others = dist.is_initialized() and dist.get_world_size() > 1
+    if has_others and not is_first:
+        dist.barrier()
+    yield
+    if has_others and is_first:
+        dist.barrier()
+
+
+def host_group() -> Group | None:
+    """Return a group of all ranks that talks through the hosts' memory, for what goes on beside the training."""
+    group: Any = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+    return group
 
 
 def _mesh(device: torch.device, **axes: int) -> DeviceMesh:

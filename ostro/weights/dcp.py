@@ -13,19 +13,18 @@ import itertools
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ostro.degrees import Degrees, host_ranks, stage_of
-from ostro.errors import ConfigError, Error, OutOfMemory, WeightsError
+from ostro.errors import ConfigError, WeightsError
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
-from ostro.weights.dcp_file import DAMAGED, METADATA, brief, infos_of, open_tensors, read_metadata, write_tensors
-from ostro.weights.folder import not_written, written_beside
+from ostro.weights.dcp_file import DAMAGED, METADATA, open_tensors, write_tensors
+from ostro.weights.folder import written_beside
 from ostro.weights.hf_config import SaveTokenizer, save_tokenizer
 from ostro.weights.reshard import Box, whole
 from ostro.weights.store import (
@@ -41,71 +40,23 @@ from ostro.weights.store import (
     stack_sizes,
 )
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
-
 WHAT = "a training checkpoint (a step-… folder, the checkpoints folder around it, or its run directory)"
 WEIGHTS_PREFIX = "model."  # "model." + canonical name; the optimizer's tensors have other prefixes
 
-_STATE = "state.json"
+STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8,18})")
-
-
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint of tensors and JSON state; it appears whole under its name or not at all.
-
-    A whole checkpoint of that name is replaced. Raises OutOfMemory for a full disk, WeightsError for a place
-    that cannot be written or holds something else.
-    """
-    _save(folder, tensors, state, replace=_is_whole(folder))
-
-
-def _save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, replace: bool) -> None:
-    import torch.distributed.checkpoint as torch_dcp
-
-    text = json.dumps(state, indent=1)
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values()) + len(text)
-    with written_beside(folder, needed_bytes=num_bytes + (1 << 20), replace=replace) as partial:
-        (partial / _STATE).write_text(text + "\n", "utf-8")
-        with _quiet(lambda error: _not_saved(folder, error)):
-            torch_dcp.save(dict(tensors), checkpoint_id=partial, no_dist=True)
-
-
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` in place and return the state.
-
-    The checkpoint must hold exactly these names, shapes and dtypes: resuming is exact or it is an error.
-    Raises WeightsError for that and for a folder that is not a whole, sound checkpoint.
-    """
-    state = read_state(folder)
-    metadata = read_metadata(folder)
-    infos = infos_of(metadata)
-    match_shapes(
-        str(folder),
-        {name: info.shape for name, info in infos.items()},
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        "resume with the settings it was saved with",
-    )
-    for name, tensor in tensors.items():
-        if tensor.dtype != infos[name].dtype:
-            raise WeightsError(
-                f"{folder} holds {name} as {infos[name].dtype}, the run has it as {tensor.dtype}: resume "
-                "with the settings it was saved with."
-            )
-    _fill(folder, metadata, tensors)
-    return state
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the JSON state of a checkpoint without touching its tensors."""
-    if not _is_whole(folder):
-        raise WeightsError(f"{folder} is not a whole checkpoint: it lacks {_STATE} or {METADATA}; take another.")
+    if not is_whole(folder):
+        raise WeightsError(f"{folder} is not a whole checkpoint: it lacks {STATE} or {METADATA}; take another.")
     try:
-        state = json.loads((folder / _STATE).read_text("utf-8"))
+        state = json.loads((folder / STATE).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{folder / _STATE} cannot be read ({error}): {DAMAGED}.") from error
+        raise WeightsError(f"{folder / STATE} cannot be read ({error}): {DAMAGED}.") from error
     if not isinstance(state, dict):
-        raise WeightsError(f"{folder / _STATE} is not a JSON object: {DAMAGED}.")
+        raise WeightsError(f"{folder / STATE} is not a JSON object: {DAMAGED}.")
     return state
 
 
@@ -116,31 +67,43 @@ def step_folder(directory: Path, step: int) -> Path:
 
 def latest(directory: Path) -> Path | None:
     """Return the newest whole checkpoint in a folder of them, or None."""
-    found = _steps(directory)
+    found = steps(directory)
     return found[max(found)] if found else None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints, and what interrupted saves left behind."""
-    found = _steps(directory)
-    for step in sorted(found)[: max(0, len(found) - keep)]:
-        # Out of sight first: a removal that is interrupted must not leave a checkpoint that looks whole.
-        old = found[step].with_name(f"{found[step].name}.partial-old")
-        shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            found[step].rename(old)
+def prune(directory: Path, keep: int, step: int | None = None) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and what interrupted saves left behind.
+
+    With `step` later ones are neither counted nor removed: they are of a save that another host did not finish.
+    """
+    found = {number: folder for number, folder in steps(directory).items() if step is None or number <= step}
+    for number in sorted(found)[: max(0, len(found) - keep)]:
+        hide(found[number])
+    sweep(directory)
+
+
+def hide(folder: Path) -> None:
+    """Make of a checkpoint what `sweep` removes: a removal that is interrupted must not leave one that looks whole."""
+    old = folder.with_name(f"{folder.name}.partial-old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rename(old)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what interrupted saves left behind."""
     for stale in directory.glob("step-*.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
 def find(path: Path) -> Path | None:
     """Return the checkpoint that a path stands for: itself, or the newest whole one of a run or folder."""
-    return path if _is_whole(path) else latest(path) or latest(path / "checkpoints")
+    return path if is_whole(path) else latest(path) or latest(path / "checkpoints")
 
 
-def _of_step(path: Path, step: int) -> Path:
+def of_step(path: Path, step: int) -> Path:
     """Return the checkpoint of a step in a run directory or a folder of checkpoints."""
-    found = _steps(path) | _steps(path / "checkpoints")
+    found = steps(path) | steps(path / "checkpoints")
     if step not in found:
         raise WeightsError(
             f"{path} holds no whole checkpoint of step {step}; it has {', '.join(map(str, sorted(found))) or 'none'}: "
@@ -155,7 +118,7 @@ class CheckpointReader:
     format = "dcp"
 
     def __init__(self, path: Path, step: int | None = None) -> None:
-        folder = find(path) if step is None else _of_step(path, step)
+        folder = find(path) if step is None else of_step(path, step)
         if folder is None:
             raise WeightsError(
                 f"{path} holds no whole training checkpoint: the run was interrupted before its first one; "
@@ -166,15 +129,15 @@ class CheckpointReader:
         state = read_state(folder)
         fields = state.get("model")
         if not isinstance(fields, dict):
-            raise WeightsError(f"{folder / _STATE} does not say what model it is of: {DAMAGED}.")
+            raise WeightsError(f"{folder / STATE} does not say what model it is of: {DAMAGED}.")
         try:
             self.model = ModelConfig.from_fields(fields)
         except (ConfigError, TypeError) as error:
-            raise WeightsError(f"{folder / _STATE}: {printable(str(error))}") from error
+            raise WeightsError(f"{folder / STATE}: {printable(str(error))}") from error
         if "host" in state:
             raise WeightsError(
                 f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} needs: give the checkpoint "
-                "that it was made from."
+                "that it was made from, or bring all hosts' together first: ostro convert HOSTDIR… DST --to dcp."
             )
         self._file = open_tensors(folder, WEIGHTS_PREFIX)
         held = self._file.infos
@@ -236,7 +199,7 @@ def write(
         return ((box, reader.read(parameter.name, box.where)) for box in boxes)
 
     with written_beside(path, needed_bytes=num_bytes + (1 << 20)) as folder:
-        (folder / _STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+        (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
         if tokenizer is not None:
             (folder / "tokenizer").mkdir()
             save_tokenizer(tokenizer, folder / "tokenizer")
@@ -271,57 +234,15 @@ def _cut(box: Box, num_dims: int) -> Iterator[Box]:
         yield Box((*stack, *box.offsets[num_dims:]), (1,) * num_dims + box.sizes[num_dims:])
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
     is_final = ".partial-" not in folder.name
-    return is_final and (folder / _STATE).is_file() and (folder / METADATA).is_file()
+    return is_final and (folder / STATE).is_file() and (folder / METADATA).is_file()
 
 
-def _steps(directory: Path) -> dict[int, Path]:
+def steps(directory: Path) -> dict[int, Path]:
+    """Return the whole checkpoints in a folder of them, by step."""
     if not directory.is_dir():
         return {}
     named = ((_STEP.fullmatch(path.name), path) for path in directory.iterdir())
-    return {int(match[1]): path for match, path in named if match and _is_whole(path)}
-
-
-def _fill(folder: Path, metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as torch_dcp
-
-    reader = torch_dcp.FileSystemReader(folder)
-    # Its own would unpickle the file once more, without our allow-list. (Tensors it loads with weights_only.)
-    reader.read_metadata = lambda *args, **kwargs: metadata
-    with _quiet(lambda error: WeightsError(f"{folder} cannot be read ({brief(error)}): {DAMAGED}.")):
-        torch_dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-
-
-@contextlib.contextmanager
-def _quiet(translate: Callable[[BaseException], Error]) -> Iterator[None]:
-    """Run a call into DCP: without its warning about the one process, and with our error for its own."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    # A CheckpointException is a BaseException and wraps even the user's interrupt.
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
-            if not isinstance(cause, Exception):
-                raise cause from None
-        raise translate(causes[0] if causes else error) from error
-    except Error:
-        raise
-    except Exception as error:
-        raise translate(error) from error
-
-
-def _not_saved(folder: Path, error: BaseException) -> Error:
-    if isinstance(error, OSError):
-        return not_written(folder, error)
-    # torch.save's zip writer loses the system's error on the way; what it reports is that bytes are missing.
-    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
-        return OutOfMemory(
-            f"{folder} could not be written whole and nothing of it was kept: its disk or quota is probably "
-            "full; free some space or choose another disk."
-        )
-    return WeightsError(f"{folder} cannot be written ({brief(error)}): choose another place.")
+    return {int(match[1]): path for match, path in named if match and is_whole(path)}

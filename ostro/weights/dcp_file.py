@@ -7,6 +7,7 @@ of the mapped files.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import math
@@ -15,7 +16,7 @@ import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -41,12 +42,14 @@ def open_tensors(folder: Path, prefix: str, *, is_partial: bool = False) -> Gath
     """
     metadata = read_metadata(folder, is_partial=is_partial)
     infos = {name: info for name, info in infos_of(metadata).items() if name.startswith(prefix)}
-    files = {info.relative_path: MappedFile(folder / info.relative_path) for info in metadata.storage_data.values()}
+    mapped = functools.cache(lambda file: MappedFile(folder / file))  # when first read: a rank needs few of them
     shards: dict[str, list[Shard]] = {name: [] for name in infos}
     for index, info in metadata.storage_data.items():
         if index.fqn in shards:
             box = _box(metadata, index)
-            item = _Item(files[info.relative_path], info.offset, info.length, box, infos[index.fqn].dtype)
+            item = _Item(
+                functools.partial(mapped, info.relative_path), info.offset, info.length, box, infos[index.fqn].dtype
+            )
             shards[index.fqn].append(Shard(box, item.read))
     short = {name.removeprefix(prefix): name for name in infos}
     return GatheredFile(
@@ -54,8 +57,31 @@ def open_tensors(folder: Path, prefix: str, *, is_partial: bool = False) -> Gath
     )
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterable[tuple[Box, Tensor]]]]) -> None:
-    """Write tensors as the boxes that make them up, one box in memory at a time, and the metadata last."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a box of a tensor was written: the file's name in its folder, and the item's bytes in it."""
+
+    name: str
+    box: Box
+    file: str
+    offset: int
+    num_bytes: int
+
+
+def write_boxes(path: Path, boxes: Iterable[tuple[str, Box, Tensor]]) -> list[Stored]:
+    """Write boxes of tensors into a new file, one in memory at a time, and return where they are."""
+    stored = []
+    with writing(path) as write:
+        out = _Counting(write)
+        for name, box, value in boxes:
+            offset = out.num_bytes
+            out.save(_alone(value.reshape(box.sizes)))
+            stored.append(Stored(name, box, path.name, offset, out.num_bytes - offset))
+    return stored
+
+
+def write_metadata(folder: Path, infos: Mapping[str, TensorInfo], stored: Iterable[Stored]) -> None:
+    """Write what DCP wants to know of a folder: its tensors, and where the boxes that make them up are."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
@@ -65,23 +91,30 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterabl
         TensorStorageMetadata,
     )
 
-    name_of_file = "__0_0.distcp"
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {
+        name: TensorStorageMetadata(TensorProperties(info.dtype), torch.Size(info.shape), [])
+        for name, info in infos.items()
+    }
     storage: dict[Any, Any] = {}
-    with writing(folder / name_of_file) as write:
-        out = _Counting(write)
-        for name, info, boxes in tensors:
-            chunks = []
-            for box, value in boxes:
-                offset = out.num_bytes
-                out.save(_alone(value.reshape(box.sizes)))
-                index = MetadataIndex(name, torch.Size(box.offsets), len(chunks))
-                storage[index] = _StorageInfo(name_of_file, offset, out.num_bytes - offset)
-                chunks.append(ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)))
-            properties = TensorProperties(info.dtype)
-            entries[name] = TensorStorageMetadata(properties, torch.Size(info.shape), chunks)
+    for item in stored:
+        chunks, offsets = entries[item.name].chunks, torch.Size(item.box.offsets)
+        storage[MetadataIndex(item.name, offsets, len(chunks))] = _StorageInfo(item.file, item.offset, item.num_bytes)
+        chunks.append(ChunkStorageMetadata(offsets, torch.Size(item.box.sizes)))
     with writing(folder / METADATA) as write:
         write(pickle.dumps(Metadata(entries, None, storage)))
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, TensorInfo, Iterable[tuple[Box, Tensor]]]]) -> None:
+    """Write tensors as the boxes that make them up, one box in memory at a time, and the metadata last."""
+    infos: dict[str, TensorInfo] = {}
+
+    def every() -> Iterator[tuple[str, Box, Tensor]]:
+        for name, info, boxes in tensors:
+            infos[name] = info
+            yield from ((name, box, value) for box, value in boxes)
+
+    stored = write_boxes(folder / "__0_0.distcp", every())
+    write_metadata(folder, infos, stored)
 
 
 def _alone(value: Tensor) -> Tensor:
@@ -129,8 +162,10 @@ class _Counting:
 class _Item:
     """One box of a tensor in a file; where its values lie is found out when it is first read."""
 
-    def __init__(self, file: MappedFile, offset: int, length: int, box: Box, dtype: torch.dtype) -> None:
-        self._file = file
+    def __init__(
+        self, mapped: Callable[[], MappedFile], offset: int, length: int, box: Box, dtype: torch.dtype
+    ) -> None:
+        self._mapped = mapped
         self._span = offset, length
         self._info = TensorInfo(box.sizes, dtype)
         self._values: Tensor | None = None
@@ -139,13 +174,14 @@ class _Item:
         """Return a slice, a view of the file; WeightsError if the item is not the plain tensor it should be."""
         if self._values is None:
             offset, length = self._span
+            file = self._mapped()
             try:
-                start = offset + _values_start(_Window(self._file.data, offset, length), self._info)
+                start = offset + _values_start(_Window(file.data, offset, length), self._info)
             except WeightsError:
                 raise
             except Exception as error:  # zipfile and pickle check little of what they parse
-                raise WeightsError(f"{self._file.path} cannot be read ({brief(error)}): {DAMAGED}.") from error
-            self._values = self._file.tensor(start, self._info.shape, self._info.dtype)
+                raise WeightsError(f"{file.path} cannot be read ({brief(error)}): {DAMAGED}.") from error
+            self._values = file.tensor(start, self._info.shape, self._info.dtype)
         return self._values[where]
 
 
@@ -249,7 +285,9 @@ def _box(metadata: Metadata, index: Any) -> Box:
     """Return the box of a stored item: the one of its tensor's that starts where it says, or the only one."""
     offset = tuple(index.offset) if index.offset is not None else None
     chunks = getattr(metadata.state_dict_metadata[index.fqn], "chunks", ())
-    for chunk in chunks:
+    hint = index.index
+    hinted = chunks[hint : hint + 1] if isinstance(hint, int) and hint >= 0 else ()
+    for chunk in (*hinted, *chunks):  # the hint first: with a thousand ranks a search for each would take minutes
         if tuple(chunk.offsets) == offset or (offset is None and len(chunks) == 1):
             return Box(tuple(chunk.offsets), tuple(chunk.sizes))
     raise WeightsError(f"the metadata has no box of {index.fqn} at {offset}: {DAMAGED}.")

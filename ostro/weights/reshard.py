@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -102,6 +102,17 @@ class GatheredFile:
         """Return a tensor or a slice of it: a view of a file where one file holds it."""
         info = self.infos[name]
         return gather(info.shape, info.dtype, self._shards[name], where)
+
+    def boxes(self, name: str) -> list[Box]:
+        """Return the boxes that the files hold of a tensor."""
+        return [shard.box for shard in self._shards[name]]
+
+    def parts(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Yield what the files hold of a box of a tensor, in the whole's coordinates, each a view of its file."""
+        for shard in self._shards[name]:
+            common = box.overlap(shard.box)
+            if common is not None:
+                yield common, shard.read(common.within(shard.box).where)
 
 
 def _asked(shape: Shape, where: Where) -> tuple[Box, Where]:

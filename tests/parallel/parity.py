@@ -21,8 +21,9 @@ from worlds import run_in_world
 from ostro import train
 from ostro.config import Config, load_config
 from ostro.data.loader import Row
-from ostro.parallel.apply import load_world, local, parallelize
+from ostro.parallel.apply import World, local, parallelize
 from ostro.parallel.mesh import open_mesh
+from ostro.weights.parts import load_weights
 from ostro.weights.store import RandomReader
 
 NUM_STEPS, ROW_TOKENS, NUM_ROWS = 4, 32, 16
@@ -92,10 +93,11 @@ def seen(case: Mapping[str, Any]) -> Seen:
     config = settings(case)
     device = torch.device("cpu")
     world = parallelize(config, open_mesh(config.parallel.degrees(), device), torch.float32)
-    load_world(world, RandomReader(config.model, 1))
+    load_weights(RandomReader(config.model, 1), world.held_parameters())
     optimizer = torch.optim.SGD(world.parameters().values(), lr=0.5, foreach=False)
     loader: Any = Rows(config.model.vocab_size, config.data.seq_length)
-    run = train.Run(config, Path(), device, None, loader, [], world, optimizer, NUM_STEPS, "")  # type: ignore[arg-type]
+    nothing: Any = None
+    run = train.Run(config, Path(), device, nothing, loader, [], world, optimizer, NUM_STEPS, {}, nothing)  # type: ignore[arg-type]
     gradients: list[dict[str, Tensor]] = []
 
     def note(factor: float) -> None:
@@ -110,15 +112,14 @@ def seen(case: Mapping[str, Any]) -> Seen:
     return Seen(rows, gradients, _parts(world, world.parameters()))
 
 
-def _parts(world: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _parts(world: World, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    places = world.held_parameters()
     parts = {}
     for name, tensor in tensors.items():
-        box = world.box(name)
         held = local(tensor).detach().clone()
-        assert tuple(held.shape) == (box[1] if box else tuple(held.shape)), (name, held.shape, box)
-        assert box or not held.numel(), name
-        if box:
-            parts[name] = (box, held)
+        if name in places:
+            assert held.shape == places[name].tensor.shape
+            parts[name] = (dataclasses.astuple(places[name].box), held)
     return parts
 
 

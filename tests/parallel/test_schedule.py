@@ -87,7 +87,7 @@ def test_weights_wait_for_no_more_micro_batches_than_the_rank() -> None:
 
 
 def test_what_a_schedule_cannot_do_is_refused() -> None:
-    with pytest.raises(LayoutError, match="takes micro-batches pp=4 at a time and there are 6: use a multiple of 4"):
+    with pytest.raises(LayoutError, match=r"takes micro-batches pp=4 at a time and there are 6: use a multiple of 4"):
         SCHEDULES["interleaved"](4, 0, 2, 6)
-    with pytest.raises(LayoutError, match="zero_bubble gives each rank one stage and parallel.virtual_stages=2"):
+    with pytest.raises(LayoutError, match=r"zero_bubble gives each rank one stage and parallel\.virtual_stages=2"):
         SCHEDULES["zero_bubble"](2, 0, 2, 4)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from checkpoints import load, save
 from disk import on_a_full_disk
 from small_models import TINY, random
 from torch import Tensor
@@ -39,7 +40,7 @@ def tensors(fill: bool = True) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written") / "step-00000003"
-    dcp.save(folder, tensors(), STATE)
+    save(folder, tensors(), STATE)
     return folder
 
 
@@ -52,7 +53,7 @@ def saved(written: Path, tmp_path: Path) -> Path:
 def refusal(folder: Path) -> str:
     """Return what both ways into a checkpoint say about it."""
     messages = []
-    for enter in (lambda: dcp.load(folder, tensors(False)), lambda: digest(open_reader(folder))):
+    for enter in (lambda: load(folder, tensors(False)), lambda: digest(open_reader(folder))):
         with pytest.raises(WeightsError) as caught:
             enter()
         messages.append(str(caught.value))
@@ -67,11 +68,11 @@ def entries(folder: Path) -> list[str]:
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     kept = tensors()
-    dcp.save(tmp_path / "step-00000003", kept, STATE)
+    save(tmp_path / "step-00000003", kept, STATE)
     assert entries(tmp_path) == ["step-00000003"]
     filled = tensors(False)
     places = {name: tensor.data_ptr() for name, tensor in filled.items()}
-    assert dcp.load(tmp_path / "step-00000003", filled) == STATE
+    assert load(tmp_path / "step-00000003", filled) == STATE
     for name, tensor in kept.items():
         assert torch.equal(filled[name], tensor), name
         assert filled[name].data_ptr() == places[name]
@@ -80,29 +81,29 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, recwarn: pytest.Wa
 
 def test_parameters_are_filled_in_place(tmp_path: Path) -> None:
     layer = torch.nn.Linear(3, 2)
-    dcp.save(tmp_path / "x", {"weight": layer.weight, "bias": layer.bias}, {})
+    save(tmp_path / "step-00000001", {"weight": layer.weight, "bias": layer.bias}, {})
     other = torch.nn.Linear(3, 2)
-    dcp.load(tmp_path / "x", {"weight": other.weight, "bias": other.bias})
+    load(tmp_path / "step-00000001", {"weight": other.weight, "bias": other.bias})
     assert torch.equal(other.weight, layer.weight)
     assert other.weight.requires_grad
 
 
 def test_saving_again_replaces_the_checkpoint(saved: Path) -> None:
-    dcp.save(saved, {"a": torch.ones(2)}, {"step": 4})
-    assert dcp.load(saved, {"a": torch.zeros(2)}) == {"step": 4}
+    save(saved, {"a": torch.ones(2)}, {"step": 4})
+    assert load(saved, {"a": torch.zeros(2)}) == {"step": 4}
     assert entries(saved.parent) == [saved.name]
 
 
 def test_saving_never_replaces_something_else(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("precious")
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "mine.txt").write_text("precious")
     for write in (
-        lambda: dcp.save(tmp_path / "notes", {"a": torch.ones(2)}, {}),
-        lambda: convert(random(), tmp_path / "notes", to="dcp"),
+        lambda: save(tmp_path / "step-00000001", {"a": torch.ones(2)}, {}),
+        lambda: convert(random(), tmp_path / "step-00000001", to="dcp"),
     ):
         with pytest.raises(WeightsError, match="exists and is not empty"):
             write()
-    assert (tmp_path / "notes" / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "step-00000001" / "mine.txt").read_text() == "precious"
     convert(random(), tmp_path / "model", to="dcp")
     with pytest.raises(WeightsError, match="exists and is not empty"):
         convert(random(seed=1), tmp_path / "model", to="dcp")
@@ -117,7 +118,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     directory = run / "checkpoints"
     assert dcp.latest(directory) is None
     for step in (5, 40, 123456789):
-        dcp.save(dcp.step_folder(directory, step), {"a": torch.ones(1)}, {"step": step})
+        save(dcp.step_folder(directory, step), {"a": torch.ones(1)}, {"step": step})
     assert entries(directory) == ["step-00000005", "step-00000040", "step-123456789"]
     assert dcp.latest(directory) == directory / "step-123456789"
     (directory / "step-123456789" / ".metadata").unlink()
@@ -146,12 +147,12 @@ def test_a_save_that_was_killed_is_never_taken(saved: Path) -> None:
         with pytest.raises(WeightsError, match="holds no whole training checkpoint"):
             open_reader(path)
     with pytest.raises(WeightsError, match="is not a whole checkpoint"):
-        dcp.load(newer, tensors(False))
+        load(newer, tensors(False))
 
 
 def test_pruning_keeps_the_newest_and_clears_what_was_interrupted(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
-        dcp.save(dcp.step_folder(tmp_path, step), {"a": torch.ones(1)}, {"step": step})
+        save(dcp.step_folder(tmp_path, step), {"a": torch.ones(1)}, {"step": step})
     (tmp_path / "step-00000011.partial-12345678").mkdir()
     (tmp_path / "step-00000001.partial-old").mkdir()
     (tmp_path / "notes").mkdir()
@@ -166,17 +167,17 @@ def test_pruning_keeps_the_newest_and_clears_what_was_interrupted(tmp_path: Path
 
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint(saved: Path) -> None:
     for limit in (2, 9000):  # in state.json, in the tensors
-        kind, message = on_a_full_disk(limit, dcp.save, saved.with_name("step-00000004"), tensors(), STATE)
+        kind, message = on_a_full_disk(limit, save, saved.with_name("step-00000004"), tensors(), STATE)
         assert (kind, "could not be written whole" in message) == ("OutOfMemory", True), message
         assert entries(saved.parent) == [saved.name]
-    assert dcp.load(saved, tensors(False)) == STATE
+    assert load(saved, tensors(False)) == STATE
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutOfMemory, match="free some space"):
-        dcp.save(tmp_path / "checkpoints" / "step-00000001", tensors(), STATE)
+        save(tmp_path / "checkpoints" / "step-00000001", tensors(), STATE)
     assert entries(tmp_path) == []
 
 
@@ -195,7 +196,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, mon
 def test_resuming_is_exact_or_an_error(written: Path, change: dict, sentence: str) -> None:
     wanted = {name: tensor for name, tensor in (tensors(False) | change).items() if tensor is not None}
     with pytest.raises(WeightsError) as caught:
-        dcp.load(written, wanted)
+        load(written, wanted)
     assert sentence in str(caught.value)
     assert "resume with the settings it was saved with." in str(caught.value)
 
@@ -303,7 +304,7 @@ def test_metadata_of_early_python_3_11_is_read(saved: Path) -> None:
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     metadata.planner_data = Runs(getattr, _MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")  # its way with an enum
     (saved / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert dcp.load(saved, tensors(False)) == STATE
+    assert load(saved, tensors(False)) == STATE
 
 
 @pytest.mark.parametrize("content", [b"", b"noise", b"\x80\x04", pickle.dumps([1, 2]), pickle.dumps({"a": 1})])
@@ -321,10 +322,10 @@ def test_entries_that_would_be_unpickled_are_refused(saved: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_checkpoint_of_objects_is_refused(tmp_path: Path) -> None:
-    torch_dcp.save({"a": torch.ones(2), "b": {"c": object}}, checkpoint_id=tmp_path / "x", no_dist=True)
-    (tmp_path / "x" / "state.json").write_text("{}")
+    torch_dcp.save({"a": torch.ones(2), "b": {"c": object}}, checkpoint_id=tmp_path / "step-00000001", no_dist=True)
+    (tmp_path / "step-00000001" / "state.json").write_text("{}")
     with pytest.raises(WeightsError, match="which is not a tensor"):
-        dcp.load(tmp_path / "x", {"a": torch.zeros(2)})
+        load(tmp_path / "step-00000001", {"a": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("field", ["relative_path", "transform_descriptors", "offset"])
