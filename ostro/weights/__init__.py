@@ -79,14 +79,14 @@ class Format:
 
 
 FORMATS = {
-    "dcp": Format("dcp", dcp.WHAT, dcp.detect, dcp.open_reader, dcp.write, ("step",)),
+    "dcp": Format("dcp", dcp.WHAT, dcp.detect, dcp.open_reader, dcp.write, ("step", "partial")),
     "mindspore": Format(
         "mindspore",
         mindspore.WHAT,
         mindspore.detect,
         mindspore.open_reader,
         mindspore.write,
-        ("model", "strategy", "step"),
+        ("model", "strategy", "step", "partial"),
     ),
     # Told from the one above when its tensors are seen.
     "mindspore-gmm": Format(
@@ -95,7 +95,7 @@ FORMATS = {
         lambda path: False,
         mindspore.open_reader,
         functools.partial(mindspore.write, is_gmm=True),
-        ("model", "strategy", "step"),
+        ("model", "strategy", "step", "partial"),
     ),
     "mistral": Format("mistral", mistral.WHAT, mistral.detect, mistral.open_reader, mistral.write, ("model",)),
     "gguf": Format("gguf", gguf.WHAT, gguf.detect, gguf.open_reader, gguf.write),
@@ -132,7 +132,7 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
                     f"--{field.name} says nothing about {path}, which is of format {format.name}: leave it out."
                 )
         reader = format.open_reader(path, hints)
-        if check and isinstance(reader, StoredReader):
+        if check and not hints.partial and isinstance(reader, StoredReader):
             reader.check()
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error}): check its permissions.") from error

@@ -31,7 +31,6 @@ from ostro.weights.store import (
     NO_HINTS,
     Hints,
     Reader,
-    Shape,
     TensorInfo,
     Where,
     match_depth,
@@ -117,7 +116,7 @@ class CheckpointReader:
 
     format = "dcp"
 
-    def __init__(self, path: Path, step: int | None = None) -> None:
+    def __init__(self, path: Path, step: int | None = None, *, is_partial: bool = False) -> None:
         folder = find(path) if step is None else of_step(path, step)
         if folder is None:
             raise WeightsError(
@@ -134,21 +133,22 @@ class CheckpointReader:
             self.model = ModelConfig.from_fields(fields)
         except (ConfigError, TypeError) as error:
             raise WeightsError(f"{folder / STATE}: {printable(str(error))}") from error
-        if "host" in state:
+        if "host" in state and not is_partial:
             raise WeightsError(
                 f"{folder} holds only what host {state['host']} of {state.get('num_hosts')} needs: give the checkpoint "
                 "that it was made from, or bring all hosts' together first: ostro convert HOSTDIR… DST --to dcp."
             )
-        self._file = open_tensors(folder, WEIGHTS_PREFIX)
+        self._file = open_tensors(folder, WEIGHTS_PREFIX, is_partial=is_partial)
         held = self._file.infos
-        match_depth(str(folder), held, self.model)
+        if not is_partial:
+            match_depth(str(folder), held, self.model)
         table = layout.table(self.model)
-        shapes: dict[str, Shape] = {name: info.shape for name, info in held.items()}
-        match_shapes(str(folder), shapes, {name: parameter.shape for name, parameter in table.items()})
-        self._infos = {name: held[name] for name in table}
+        wanted = {name: parameter.shape for name, parameter in table.items() if name in held or not is_partial}
+        match_shapes(str(folder), {name: info.shape for name, info in held.items()}, wanted)
+        self._infos = {name: held[name] for name in wanted}
 
     def names(self) -> dict[str, TensorInfo]:
-        """Return every tensor of the table, with the dtype it was trained in."""
+        """Return every tensor of the table that is there, with the dtype it was trained in."""
         return self._infos
 
     def read(self, name: str, where: Where = ()) -> Tensor:
@@ -164,7 +164,7 @@ def detect(path: Path) -> bool:
 
 def open_reader(path: Path, hints: Hints = NO_HINTS) -> CheckpointReader:
     """Open a checkpoint, a folder of them, or a run directory."""
-    return CheckpointReader(path, hints.step)
+    return CheckpointReader(path, hints.step, is_partial=bool(hints.partial))
 
 
 def write(

@@ -142,6 +142,7 @@ def files_in(path: Path) -> list[Path]:
 def gather(folder: Path, asked: Path, hints: Hints) -> Gathered:
     """Open what all ranks hold of the newest step that is whole on all of them, or of the step asked for.
 
+    With `hints.partial` ranks may be missing, and what only they hold with them; then only one step may be there.
     Raises WeightsError for ranks that are missing, that disagree, or whose strategy files do not fit them.
     """
     place = hints.strategy or _strategy_folder(folder, hints)
@@ -161,13 +162,20 @@ def gather(folder: Path, asked: Path, hints: Hints) -> Gathered:
     missing = [rank for rank in range(len(places)) if rank not in files]
     for stage in strategies:
         of_stage = [rank for rank, place in enumerate(places) if place[0] == stage]
-        if not any(rank in files for rank in of_stage):
+        if not hints.partial and not any(rank in files for rank in of_stage):
             raise WeightsError(
                 f"{folder} has none of the ranks {_listed(of_stage)}, which hold stage {stage}: copy them beside these."
             )
-    parts = _Parts(folder, list(_placed(folder, files, strategies, places)), missing)
+    parts = _Parts(folder, list(_placed(folder, files, strategies, places)))
+    if not hints.partial:
+        parts.require_covered(missing)
+    elif missing and len(found := {step for rank in ranks.values() for step in _steps(rank)}) > 1:
+        raise WeightsError(
+            f"{folder} has a part of the ranks, and of {len(found)} steps; other hosts may have other ones: keep one."
+        )
     if missing:
-        notes.append(f"ranks {_listed(missing)} are missing; others hold the same")
+        rest = "only what these hold is here" if hints.partial else "others hold the same"
+        notes.append(f"ranks {_listed(missing)} are missing; {rest}")
     notes.insert(
         0, f"{len(files)} ranks in {len(strategies)} {'stage' if len(strategies) == 1 else 'stages'} of {place}"
     )
@@ -198,7 +206,7 @@ class _Part:
 class _Parts:
     """All ranks' parts, each against the others."""
 
-    def __init__(self, folder: Path, parts: list[_Part], missing: list[int]) -> None:
+    def __init__(self, folder: Path, parts: list[_Part]) -> None:
         self._folder = folder
         self._copies: list[tuple[_Part, _Part]] = []
         self._found: dict[str, dict[Box, _Part]] = {}
@@ -216,7 +224,6 @@ class _Parts:
             else:
                 mine[part.box] = part
         self._check(lambda part: part.file.infos[part.name].num_bytes <= _SMALL_BYTES)
-        self._require_covered(missing)
 
     def gathered(self) -> GatheredFile:
         """Return the whole tensors."""
@@ -238,7 +245,8 @@ class _Parts:
                     f"{copy.name} and do not: the files are of different steps or runs, or the strategy is."
                 )
 
-    def _require_covered(self, missing: list[int]) -> None:
+    def require_covered(self, missing: list[int]) -> None:
+        """Raise WeightsError for a tensor of which a part is on no rank that is here."""
         for name, parts in self._found.items():
             info = next(iter(parts.values())).whole
             if not is_covered(info.shape, parts):

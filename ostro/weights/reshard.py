@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ostro.errors import WeightsError
 from ostro.weights.store import Shape, TensorInfo, Where
 
 
@@ -75,18 +76,29 @@ def shared(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
 
 def gather(shape: Shape, dtype: torch.dtype, shards: Sequence[Shard], where: Where = ()) -> Tensor:
-    """Return `tensor[where]` out of shards that cover it: what one shard holds is not copied."""
+    """Return `tensor[where]` out of shards that cover it, any two equal or apart: what one holds is not copied.
+
+    Raises WeightsError where they do not cover it.
+    """
     asked, index = _asked(shape, where)
     out: Tensor | None = None
+    filled: set[Box] = set()
     for shard in shards:
         common = asked.overlap(shard.box)
-        if common is None:
+        if common is None or common in filled:
             continue
         if common == asked:
             return shard.read(common.within(shard.box).where)[index]
         if out is None:
             out = torch.empty(asked.sizes, dtype=dtype)
         out[common.within(asked).where] = shard.read(common.within(shard.box).where)
+        filled.add(common)
+    missing = asked.num_elements - sum(box.num_elements for box in filled)
+    if missing:
+        raise WeightsError(
+            f"{missing} of {asked.num_elements} values that were asked for are not here: give a checkpoint, or all "
+            "folders of one, that has what this host's ranks hold."
+        )
     return torch.empty(asked.sizes, dtype=dtype)[index] if out is None else out[index]
 
 
@@ -101,7 +113,10 @@ class GatheredFile:
     def tensor(self, name: str, where: Where = ()) -> Tensor:
         """Return a tensor or a slice of it: a view of a file where one file holds it."""
         info = self.infos[name]
-        return gather(info.shape, info.dtype, self._shards[name], where)
+        try:
+            return gather(info.shape, info.dtype, self._shards[name], where)
+        except WeightsError as error:
+            raise WeightsError(f"{self.path}, {name}: {error}") from None
 
     def boxes(self, name: str) -> list[Box]:
         """Return the boxes that the files hold of a tensor."""

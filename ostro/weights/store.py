@@ -186,12 +186,16 @@ class Watched:
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """What a path does not say by itself and the user did: its format, the model, strategy files, and which step."""
+    """What a path does not say by itself and the user did: its format, the model, strategy files, and which step.
+
+    `partial` lets it lack what only other hosts have, where there is no shared disk: reading that raises WeightsError.
+    """
 
     format: str | None = None
     model: ModelConfig | None = None
     strategy: Path | None = None
     step: int | None = None
+    partial: bool | None = None
 
 
 NO_HINTS = Hints()

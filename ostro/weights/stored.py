@@ -125,8 +125,9 @@ class StoredReader:
         self._parameters: dict[str, layout.Parameter] = {}
 
     def names(self) -> dict[str, TensorInfo]:
-        """Return every tensor of the table, with the dtype it has on disk."""
-        return {name: TensorInfo(p.shape, self._dtype(p)) for name, p in self._table.items()}
+        """Return every tensor of the table that is there, with the dtype it has on disk."""
+        there = (p for p in self._table.values() if next(self._sources(p)).name in self.files)
+        return {p.name: TensorInfo(p.shape, self._dtype(p)) for p in there}
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """Return a slice: a view of the mapped file, copied only where pieces have to be stacked or reordered."""

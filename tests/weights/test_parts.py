@@ -19,7 +19,7 @@ from ostro.degrees import Degrees, stage_of
 from ostro.errors import WeightsError
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
-from ostro.weights import Reader, TensorInfo, Where, convert, digest, open_reader
+from ostro.weights import Hints, Reader, TensorInfo, Where, convert, digest, open_reader
 from ostro.weights.mindspore_layout import MindSporeDegrees
 from ostro.weights.parts import Held, hold, load_held, load_weights
 from ostro.weights.reshard import Box
@@ -210,3 +210,47 @@ def test_each_rank_asks_for_its_own_slices_of_the_start_weights(sources: dict[st
                 assert asked.sum() == asked[piece.box.where].sum() == piece.box.num_elements
             assert not any(counts.any() for name, counts in reader.asked.items() if name not in mine)
             assert reader.largest <= max(w[(0,) * (w.ndim - 2)].numel() for w in whole.values() if w.ndim > 1)
+
+
+# Where there is no shared disk, a host has what its own ranks need
+
+
+@pytest.mark.parametrize("to", ["mindspore", "dcp"])
+def test_a_hosts_own_part_is_enough_to_start(tmp_path: Path, to: str) -> None:
+    degrees = Degrees(pp=2, fsdp=2, ep=2)
+    whole = {name: random(MODEL).read(name) for name in random(MODEL).names()}
+    for host in (0, 1):
+        mine: dict[str, Any] = {"degrees": degrees, "host": (host, 2)}
+        if to == "mindspore":
+            mine = {"degrees": MindSporeDegrees(dp=2, ep=2, pp=2, opt=1), "host_ranks": [2 * host, 2 * host + 1]}
+        convert(random(MODEL), tmp_path / str(host), to=to, **mine)
+        with pytest.raises(WeightsError):
+            open_reader(tmp_path / str(host))
+        hints = Hints(partial=True, model=MODEL) if to == "mindspore" else Hints(partial=True)
+        for rank in range(4):
+            reader = open_reader(tmp_path / str(host), hints)
+            held = cut({f"model.{name}": tensor for name, tensor in whole.items()}, degrees, rank, blank=True)
+            own = {name.removeprefix("model."): piece for name, piece in held.items()}
+            if rank // 2 != host:
+                with pytest.raises(WeightsError):
+                    load_weights(reader, own)
+                continue
+            load_weights(reader, own)
+            assert all(torch.equal(piece.tensor, whole[name][piece.box.where]) for name, piece in own.items())
+
+
+def test_what_is_not_on_this_host_is_never_made_up(tmp_path: Path) -> None:
+    convert(random(MODEL), tmp_path / "x", to="dcp", degrees=Degrees(fsdp=2), host=(0, 2))
+    reader = open_reader(tmp_path / "x", Hints(partial=True))
+    with pytest.raises(WeightsError, match=r"lm_head.weight: \d+ of \d+ values that were asked for are not here"):
+        reader.read("lm_head.weight")
+
+
+def test_a_part_of_the_ranks_may_have_one_step_only(tmp_path: Path) -> None:
+    degrees = MindSporeDegrees(dp=2, ep=2, pp=2, opt=1)
+    convert(random(MODEL), tmp_path / "x", to="mindspore", degrees=degrees, host_ranks=[0, 1])
+    for rank in (0, 1):
+        folder = tmp_path / "x" / "checkpoint" / f"rank_{rank}"
+        (folder / f"checkpoint_{rank}-1_7.ckpt").write_bytes((folder / f"checkpoint_{rank}.ckpt").read_bytes())
+    with pytest.raises(WeightsError, match="has a part of the ranks, and of 2 steps"):
+        open_reader(tmp_path / "x", Hints(partial=True, model=MODEL))
