@@ -312,10 +312,10 @@ class Config(Section):
             raise ValueError(
                 "parallel.schedule, virtual_stages and stage_layers mean nothing with pp=1: leave them out"
             )
-        if parallel.virtual_stages > 1 and parallel.schedule != "interleaved":
+        if (parallel.virtual_stages > 1) != (parallel.schedule == "interleaved"):
             raise ValueError(
-                f"parallel.virtual_stages={parallel.virtual_stages} belongs to schedule=interleaved, not to "
-                f"{parallel.schedule}: change one of them"
+                f"parallel.virtual_stages={parallel.virtual_stages} and schedule={parallel.schedule}: interleaved is "
+                "what has 2 stages a rank or more; change one of them"
             )
         if parallel.schedule == "interleaved" and count % parallel.pp:
             more = -(-count // parallel.pp) * parallel.pp * batch // count
@@ -325,6 +325,8 @@ class Config(Section):
             )
         if train.exact and degrees.tp * degrees.cp * degrees.ep > 1:
             raise ValueError("train.exact is the path of one process: set tp, cp and ep to 1, or exact to false")
+        if train.exact and parallel.schedule == "zero_bubble":
+            raise ValueError("train.exact cannot split backward passes as zero_bubble does: take another schedule")
         if self.moe.balance == "hf" and degrees.num_ranks > 1:
             raise ValueError("moe.balance=hf is a formula over one process's layers and tokens: balance per sequence")
         if train.compile and parallel.schedule == "zero_bubble":

@@ -89,6 +89,12 @@ class Degrees:
             del sizes["pp"]
         named = {name: (setting, getattr(model, setting)) for name, setting in sizes.items()}
         require_divides(dataclasses.asdict(self), named)
+        each, ffn = model.num_local_experts // self.ep, model.intermediate_size // self.etp
+        if each % self.efsdp and ffn % self.efsdp:
+            raise LayoutError(
+                f"{self.efsdp} ranks (fsdp·cp·tp over ep·etp) share {each} experts of inner size {ffn}, and neither "
+                "number can be divided by that: change ep or fsdp."
+            )
         if not self.vocab_emb_dp:
             require_divides({"tp": self.tp}, {"tp": ("vocab_size", model.vocab_size)})
 

@@ -132,7 +132,11 @@ def set_up(config: Config) -> Run:
         eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
     if device.type == "cpu":
         keep_freed_memory()  # not before: preparing data gives back what its encoder had
-    world = parallelize(config, open_mesh(config.parallel.degrees(), device), compute_dtype(config, device))
+    world = parallelize(
+        config,
+        open_mesh(config.parallel.degrees(), device, is_tied=config.model.tie_word_embeddings),
+        compute_dtype(config, device),
+    )
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -196,7 +200,8 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
     """Refuse what is certain to fail later: a run directory that is another's, no data to evaluate on, no memory."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file: choose a folder.")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "config.yaml").exists():
+    found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    if found - {"logs"} and "config.yaml" not in found:  # the launcher's logs come first
         raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
     if config.train.eval_every and not config.data.eval_path:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
@@ -280,7 +285,7 @@ def train_step(run: Run) -> StepStats:
             device,
             balance_scale=1.0 / num_tokens,
             stats_LS=stats_LS,
-            draws_from=_draws_from(run, first) if config.moe.router_jitter_noise else None,
+            draws_from=_draws_from(run, first, len(rows)) if config.moe.router_jitter_noise else None,
             multiple=world.multiple,
         )
         for first in range(0, len(rows), train.micro_batch_sequences)
@@ -306,12 +311,12 @@ def train_step(run: Run) -> StepStats:
     return StepStats(loss, grad_norm, rate, int(num_tokens), flops, stats_LS)
 
 
-def _draws_from(run: Run, first: int) -> list[int]:
-    """Return the numbers jitter is drawn from for this rank's rows from `first` on, other seeds far away."""
+def _draws_from(run: Run, first: int, num_rows: int) -> list[int]:
+    """Return the numbers jitter is drawn from for a micro-batch of this rank's rows, other seeds far away."""
     train, mesh = run.config.train, run.world.mesh
     count = train.global_batch_sequences
     row = run.step * count + mesh.data_rank * (count // mesh.num_data_ranks) + first
-    numbers = range(row, row + train.micro_batch_sequences)
+    numbers = range(row, row + min(train.micro_batch_sequences, num_rows - first))
     return [(train.seed * 0x9E3779B97F4A7C15 + number * run.config.data.seq_length) % (1 << 62) for number in numbers]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,25 +47,32 @@ def _attend_varlen(q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, spans: Spans, wi
     return out
 
 
-def attend_varlen_segments(
-    q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, runs: Sequence[tuple[int, int, int]], window: int | None
-) -> Tensor:
+Runs = tuple[tuple[int, int, int], ...]
+
+
+def attend_varlen_segments(q_THC: Tensor, k_SKC: Tensor, v_SKC: Tensor, runs: Runs, window: int | None) -> Tensor:
     """Attend from runs of queries, each (its length, first key, end of its keys), whose last query is its last key."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device, keys = q_THC.device, [torch.arange(first, last) for _, first, last in runs]
-    index = torch.cat(keys).to(device)
-    lengths = [[length for length, _, _ in runs], [len(each) for each in keys]]
-    starts = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device) for n in lengths]
+    keys, of_queries, of_keys = _laid_out(runs, q_THC.device)
     left = -1 if window is None else window - 1
     is_told = q_THC.shape[1] != k_SKC.shape[1] and _varlen_is_told_of_groups()
     grouped: dict[str, Any] = {"enable_gqa": True} if is_told else {}
-    of_queries, of_keys = starts
-    most_queries, most_keys = map(max, lengths)
-    k, v = k_SKC[index], v_SKC[index]
+    most_queries, most_keys = max(n for n, _, _ in runs), max(last - first for _, first, last in runs)
+    k, v = k_SKC[keys], v_SKC[keys]
     out = varlen_attn(q_THC, k, v, of_queries, of_keys, most_queries, most_keys, window_size=(left, 0), **grouped)
     assert isinstance(out, Tensor)
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _laid_out(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which keys the runs see, one after another, and where in queries and in keys each starts; cached, since
+    every layer asks and the host waits for the copies."""
+    keys = torch.cat([torch.arange(first, last) for _, first, last in runs])
+    lengths = [n for n, _, _ in runs], [last - first for _, first, last in runs]
+    of_queries, of_keys = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in lengths)
+    return keys.to(device), of_queries.to(device), of_keys.to(device)
 
 
 @functools.cache

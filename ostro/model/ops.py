@@ -81,6 +81,7 @@ def splits_backward() -> bool:
 
 def leave_for_later(weights: Sequence[Tensor], gradients: Callable[[], Sequence[Tensor]]) -> None:
     """Leave the gradients of leaves for later."""
+    assert all(weight.is_leaf for weight in weights)
 
     def add() -> None:
         for weight, grad in zip(weights, gradients(), strict=True):
@@ -140,6 +141,30 @@ def _products_in_fp32(x: Tensor) -> bool:
     # A CPU without 16-bit units multiplies bf16 matrices hundreds of times slower than fp32 ones. The product of the
     # rounded operands, accumulated in fp32 and rounded once, is what a 16-bit unit would give.
     return x.dtype != torch.float32 and x.device.type == "cpu" and x.dtype.itemsize < 4 and not device.bf16_is_fast()
+
+
+def embedding(tokens_T: Tensor, table_VD: Tensor) -> Tensor:
+    """Return the tokens' rows of the table; backward adds up what falls on the same row in fp32.
+
+    A CPU's own backward adds in the table's dtype, and FSDP hands over a table of 16 bits.
+    """
+    if table_VD.dtype == torch.float32 or table_VD.device.type != "cpu":
+        return F.embedding(tokens_T, table_VD)
+    return _Embedding.apply(tokens_T, table_VD)  # type: ignore[return-value]
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_T: Tensor, table_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_T)
+        ctx.num_rows, ctx.dtype = len(table_VD), table_VD.dtype
+        return F.embedding(tokens_T, table_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (tokens_T,) = ctx.saved_tensors
+        total_VD = torch.zeros(ctx.num_rows, grad.shape[1], dtype=torch.float32, device=grad.device)
+        return None, total_VD.index_add_(0, tokens_T, grad.float()).to(ctx.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -35,9 +35,14 @@ class World:
     model: ModelConfig
     pipeline: Pipeline
 
+    def __post_init__(self) -> None:
+        # Once: while they are gathered, modules name others in their place.
+        stages = self.pipeline.stages
+        self._parameters = {name: p for stage in stages for name, p in stage.model.named_parameters()}
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters by canonical name; of the sharded ones it holds a part."""
-        return {name: p for stage in self.pipeline.stages for name, p in stage.model.named_parameters()}
+        return self._parameters
 
     def held_parameters(self) -> dict[str, Held]:
         """Return this rank's parts of the parameters, with their places; those it has nothing of are left out."""
@@ -99,7 +104,7 @@ class World:
     @property
     def is_training(self) -> bool:
         """Whether the stages are set to train."""
-        return self.pipeline.stages[0].training
+        return self.pipeline.stages[0].model.training
 
     def train(self, is_training: bool) -> None:
         """Set every stage to train, or to compute as a finished model does."""

@@ -26,6 +26,8 @@ from ostro.model.spans import Spans
 from ostro.parallel.collectives import Group, gather, gathered, summed
 from ostro.parallel.mesh import Mesh
 
+HOST = torch.device("cpu")
+
 
 def apply(model: Mixtral, mesh: Mesh) -> None:
     """Let attention, balance and capacity see whole sequences where each rank has a part of them."""
@@ -51,7 +53,7 @@ def share(batch: Batch, mesh: Mesh) -> Batch:
     if mesh.sequence is None:
         return batch
     spans, degrees = batch.spans, mesh.degrees
-    mine = cut(spans.sequence_lengths, degrees.cp, mesh.cp_rank).to(batch.tokens_T.device)
+    mine = cut(spans.sequence_lengths, degrees.cp, mesh.cp_rank, batch.tokens_T.device)
     routed = mine.chunk(degrees.tp)[mesh.tp_rank]
     learned = routed if degrees.vocab_emb_dp else mine
     return Batch(
@@ -69,8 +71,10 @@ def share(batch: Batch, mesh: Mesh) -> Batch:
 
 
 @functools.lru_cache(maxsize=64)
-def cut(sequence_lengths: tuple[int, ...], cp: int, cp_rank: int) -> Tensor:
+def cut(sequence_lengths: tuple[int, ...], cp: int, cp_rank: int, device: torch.device = HOST) -> Tensor:
     """Return which tokens of a micro-batch are a rank's, in its own order; each length is a multiple of 2·cp."""
+    if device != HOST:  # once a micro-batch, not once a layer: the host waits for the copy
+        return cut(sequence_lengths, cp, cp_rank).to(device)
     if cp == 1:
         return torch.arange(sum(sequence_lengths))
     pieces = []
@@ -82,9 +86,9 @@ def cut(sequence_lengths: tuple[int, ...], cp: int, cp_rank: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _back(sequence_lengths: tuple[int, ...], cp: int) -> Tensor:
+def _back(sequence_lengths: tuple[int, ...], cp: int, device: torch.device) -> Tensor:
     """Return where in the gathered shares each token of the micro-batch lies."""
-    return torch.cat([cut(sequence_lengths, cp, rank) for rank in range(cp)]).argsort()
+    return torch.cat([cut(sequence_lengths, cp, rank) for rank in range(cp)]).argsort().to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +130,12 @@ def _attend(
     cp_rank: int,
 ) -> Tensor:
     """Gather keys and values, and attend from this rank's queries document by document."""
-    both = gather(torch.stack([k_TKC, v_TKC], dim=1), group)[_back(spans.sequence_lengths, cp).to(k_TKC.device)]
+    both = gather(torch.stack([k_TKC, v_TKC], dim=1), group)[_back(spans.sequence_lengths, cp, k_TKC.device)]
     k_SKC, v_SKC = both.unbind(dim=1)
     runs = segments(spans.sequence_lengths, spans.document_lengths, cp, cp_rank)
     if q_THC.device.type != "cpu" and q_THC.dtype != torch.float32:
-        return attend_varlen_segments(
-            q_THC, k_SKC, v_SKC, [(s.stop - s.start, s.first_key, s.last_key) for s in runs], window
-        )
+        spans_of_runs = tuple((s.stop - s.start, s.first_key, s.last_key) for s in runs)
+        return attend_varlen_segments(q_THC, k_SKC, v_SKC, spans_of_runs, window)
     return torch.cat(
         [
             attend_document(
@@ -155,7 +158,7 @@ def _limit(routing: Routing, spans: Spans, moe: MoeConfig, *, group: Group, cp: 
         ],
         dim=1,
     )
-    back = _back(spans.sequence_lengths, cp).to(asked.device)
+    back = _back(spans.sequence_lengths, cp, asked.device)
     everyone = gathered(asked, group)[back]
     num_choices = routing.experts_TA.shape[1]
     weights_TA, experts_TA = everyone[:, :num_choices], everyone[:, num_choices : 2 * num_choices].long()

@@ -21,7 +21,7 @@ from ostro.parallel import collectives
 from ostro.parallel.collectives import Group
 from ostro.parallel.mesh import Mesh
 
-Counts = Callable[[Tensor, Group | None], tuple[list[int], list[int], list[int]]]
+Counts = Callable[[Tensor, Group], tuple[list[int], list[int], Tensor]]
 
 
 def apply(model: Mixtral, mesh: Mesh, counts: Counts | None = None) -> None:
@@ -48,9 +48,7 @@ def across(local: Dispatch, group: Group, counts: Counts) -> Dispatch:
         weights_R = collectives.exchange(weights_N, sent, received, group)
         # Rows come from one rank after another, from each by expert.
         experts_R = torch.arange(len(w2), device=x_TD.device).repeat(len(received))
-        experts_R = experts_R.repeat_interleave(
-            torch.tensor(rows_of_experts, device=x_TD.device), output_size=sum(received)
-        )
+        experts_R = experts_R.repeat_interleave(rows_of_experts, output_size=sum(received))
         arrived = Routing(experts_R[:, None], weights_R[:, None], routing.probs_TE, routing.logits_TE)
         y_RD = local(x_RD, arrived, w13, w2)
         y_ND = collectives.exchange(y_RD, received, sent, group)
@@ -61,7 +59,7 @@ def across(local: Dispatch, group: Group, counts: Counts) -> Dispatch:
     return dispatch
 
 
-def exchange_counts(ends_E: Tensor, group: Group | None) -> tuple[list[int], list[int], list[int]]:
+def exchange_counts(ends_E: Tensor, group: Group) -> tuple[list[int], list[int], Tensor]:
     """Tell each rank how many rows each of its experts gets from here; the host waits for this, once a layer.
 
     Returns the rows sent to each rank, the rows received from each, and those by rank and then local expert.
@@ -72,7 +70,7 @@ def exchange_counts(ends_E: Tensor, group: Group | None) -> tuple[list[int], lis
     dist.all_to_all_single(received_E, counts_E, group=group)
     both = torch.stack([counts_E, received_E]).view(2, num_ranks, -1).cpu()
     sent, received = both.sum(dim=2).tolist()
-    return sent, received, both[1].flatten().tolist()
+    return sent, received, received_E
 
 
 def _cut_along_ffn(local: Dispatch, group: Group) -> Dispatch:

@@ -45,39 +45,48 @@ def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: 
                 reshard_after_forward=reshard,
                 shard_placement_fn=None if by_expert else lambda _: Shard(2),
             )
+    ignored = small | of_experts if mesh.sparse is None else small
     if mesh.dense is not None:
-        ignored = small | of_experts if mesh.sparse is None else small
         for some in _runs(blocks, together):
             fully_shard(some, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored)
-        fully_shard(stage, mesh=mesh.whole, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
-    elif mesh.sparse is not None:  # a root with nothing of its own, for the experts to be told together
-        everything = set(stage.parameters())
-        fully_shard(stage, mesh=mesh.sparse, mp_policy=policy, ignored_params=everything)
+    root = mesh.whole or mesh.sparse
+    if root is not None:  # the words' own, and whatever has a part: all are told through it what to do
+        if mesh.dense is None:
+            ignored |= {p for block in blocks for p in block.parameters()} - (of_experts if mesh.sparse else set())
+        if mesh.whole is None:
+            ignored |= set(stage.parameters()) - of_experts
+        fully_shard(stage, mesh=root, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored)
     for module in _sharded(stage):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def set_reducing(stage: nn.Module, is_reducing: bool) -> None:
-    """Say whether the coming backward passes reduce gradients, or add them up until one does."""
+def set_reducing(stage: nn.Module, is_reducing: bool, reshards: bool) -> None:
+    """Say whether coming backward passes reduce gradients or add them up, and whether they free what is gathered."""
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(is_reducing)
         stage.set_is_last_backward(is_reducing)
+        stage.set_reshard_after_backward(reshards)
 
 
-def collect(stage: nn.Module, reduce: bool) -> None:
-    """Take over gradients that were written beside autograd (weights' that came later), and reduce them or not.
+def reshard(stage: nn.Module) -> None:
+    """Free what a forward pass without a backward pass has left gathered."""
+    for module in _sharded(stage):
+        module.reshard()
+
+
+def collect(stage: nn.Module, is_reducing: bool) -> None:
+    """Take over gradients that were written beside autograd (weights' that came later), and reduce them if so set.
 
     FSDP2 does this when a backward pass ends and has no public name for it; so does torch's own pipeline.
     """
     if not isinstance(stage, FSDPModule):
         return
-    set_reducing(stage, reduce)
     state = fully_shard.state(stage)  # pyright: ignore[reportFunctionMemberAccess]
     for each in state._state_ctx.all_states:
         for group in each._fsdp_param_groups:
             group.post_backward()
-    if reduce:
+    if is_reducing:
         state._root_post_backward_final_callback()
 
 

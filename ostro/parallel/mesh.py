@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -28,9 +28,9 @@ class Mesh:
     """Where a rank stands, and whom it talks to.
 
     tp, ep, cp: the groups along these axes. sequence: the ranks that a sequence is cut over (cp·tp). stage: all that
-    hold this rank's layers. pp: the ranks of its pipeline, by their place in it; `back` is that same pipeline for what
-    flows backwards. ends: the first and the last of it. `dense` and `sparse` are the meshes that parameters are sharded
-    over (replicas first where dp > 1); None where there is but one rank.
+    hold this rank's layers. edges: groups of its pipeline (`edge`). ends: the first and the last of it, where they
+    share an embedding. `dense`, `whole` and `sparse` are the meshes that blocks, words and experts are sharded over
+    (replicas first where dp > 1); None where there is but one rank.
     """
 
     degrees: Degrees
@@ -41,8 +41,7 @@ class Mesh:
     cp: Group | None = None
     sequence: Group | None = None
     stage: Group | None = None
-    pp: Group | None = None
-    back: Group | None = None
+    edges: Sequence[Group] = ()
     ends: Group | None = None
     dense: DeviceMesh | None = None
     whole: DeviceMesh | None = None
@@ -83,6 +82,19 @@ class Mesh:
         """In how many shares a batch's rows are cut."""
         return self.degrees.dp * self.degrees.fsdp
 
+    def edge(self, is_forward: bool, source: int) -> Group:
+        """Return the group for what a place of the pipeline sends forwards or backwards.
+
+        A rank has each group for one direction to or from one neighbour alone: NCCL keeps the order of all that goes
+        through a communicator, and a message would wait behind one that waits for it. Edges that share no rank share a
+        group: two colours, three where an odd number of ranks stands in a ring.
+        """
+        colour = 2 if self.degrees.pp % 2 and source == self.degrees.pp - 1 else source % 2
+        if not is_forward:  # from source to the place before it: that one's edge, walked back
+            before = (source - 1) % self.degrees.pp
+            colour = 2 if self.degrees.pp % 2 and before == self.degrees.pp - 1 else before % 2
+        return self.edges[2 * colour + is_forward]
+
     def peer(self, pp_rank: int) -> int:
         """Return the rank that stands at another place of this rank's pipeline."""
         return pp_rank * self.num_stage_ranks + self.place
@@ -93,8 +105,10 @@ def alone(device: torch.device) -> Mesh:
     return Mesh(Degrees(), 0, device)
 
 
-def open_mesh(degrees: Degrees, device: torch.device) -> Mesh:
+def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) -> Mesh:
     """Build the meshes and groups over the ranks of the process group, which every rank does at the same time.
+
+    `is_tied` says that the first and the last stage share an embedding.
 
     Raises LayoutError where the degrees do not multiply to the number of ranks.
     """
@@ -124,10 +138,8 @@ def open_mesh(degrees: Degrees, device: torch.device) -> Mesh:
         cp=_group(context, "cp"),
         sequence=_group(sequence, "sequence"),
         stage=_group(stage, "stage"),
-        pp=_group(dense, "pp"),
-        # With a communicator for each direction, what flows back never waits behind what flows forward.
-        back=_group(_mesh(device, pp=d.pp, place=num_ranks // d.pp), "pp"),
-        ends=_ends(d, place) if d.pp > 1 else None,
+        edges=[_pipeline_group(d, place) for _ in range(4 + 2 * (d.pp % 2))] if d.pp > 1 else [],
+        ends=_ends(d, place) if d.pp > 1 and is_tied else None,
         dense=_sharding(dense, d.dp, "fsdp"),
         whole=_sharding(whole, d.dp, "fsdp" if whole is dense else "whole"),
         sparse=_sharding(sparse, d.dp, "efsdp"),
@@ -168,6 +180,15 @@ def _sharding(mesh: DeviceMesh, dp: int, axis: str) -> DeviceMesh | None:
     """Return the axes that parameters are replicated and sharded over, or None for a single rank."""
     sharding = mesh["dp", axis] if dp > 1 else mesh[axis]
     return sharding if sharding.size() > 1 else None
+
+
+def _pipeline_group(degrees: Degrees, place: int) -> Group:
+    """Return a group of the ranks at one place of every stage; all ranks make all of them."""
+    num_stage_ranks = degrees.num_ranks // degrees.pp
+    groups: list[Any] = [
+        dist.new_group(list(range(other, degrees.num_ranks, num_stage_ranks))) for other in range(num_stage_ranks)
+    ]
+    return groups[place]
 
 
 def _ends(degrees: Degrees, place: int) -> Group | None:

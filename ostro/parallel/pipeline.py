@@ -1,7 +1,8 @@
 """Pipeline parallel: stages of a model on different ranks, and the executor that walks a schedule.
 
-What flows between stages is [tokens, D] hidden states forwards and their gradients backwards, each direction through a
-communicator of its own. Micro-batches are `Batch`es that every rank of a pipeline has; they may differ in length.
+What flows between stages is [tokens, D] hidden states forwards and their gradients backwards, through communicators of
+which a rank uses each for one direction to or from one other rank (`Mesh.edge`). Micro-batches are `Batch`es that every
+rank of a pipeline has; they may differ in length.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Pipeline:
             step.expect(Action("forward", chunk, 0))
             step.do(Action("forward", chunk, 0))
         step.finish()
+        for stage in self.stages:
+            fsdp.reshard(stage)
         return step.loss
 
 
@@ -108,7 +111,11 @@ class _Step:
         self._leaving: list[tuple[dist.Work, Tensor]] = []
         self._left = {stage.index: len(batches) for stage in pipeline.stages}
         for stage in pipeline.stages:
-            fsdp.set_reducing(stage, pipeline.reduce_each or len(batches) == 1)
+            self._set_reducing(stage)
+
+    def _set_reducing(self, stage: Stage, is_last: bool = False) -> None:
+        # Stages keep what they have gathered until a step ends: another micro-batch comes at any moment.
+        fsdp.set_reducing(stage, is_last or self.pipeline.reduce_each, is_last or self.mesh.degrees.pp == 1)
 
     def do(self, action: Action) -> None:
         stage = self.pipeline.stages[action.chunk]
@@ -135,7 +142,7 @@ class _Step:
             len(spans.sequence_ids_T), model.config.hidden_size, dtype=model.compute_dtype, device=self.mesh.device
         )
         tag = action.micro * self.pipeline.num_stages + source
-        self._arriving[key] = (dist.irecv(x, rank, self._group(is_forward), tag), x)
+        self._arriving[key] = (dist.irecv(x, rank, self._group(is_forward, rank), tag), x)
 
     def finish(self) -> None:
         for work, _ in self._leaving:
@@ -166,7 +173,7 @@ class _Step:
         x, out = self._kept.pop((stage.index, micro))
         self._left[stage.index] -= 1
         if not self._left[stage.index] and not self.splits:
-            fsdp.set_reducing(stage, True)
+            self._set_reducing(stage, is_last=True)
         with self._split() as later:
             torch.autograd.backward(out, grad)
         if later is not None:
@@ -178,7 +185,8 @@ class _Step:
     def _weights(self, stage: Stage, micro: int) -> None:
         ops.run_later(self._later.pop((stage.index, micro)))
         is_last = not any(index == stage.index for index, _ in self._later) and not self._left[stage.index]
-        fsdp.collect(stage, reduce=is_last or self.pipeline.reduce_each)
+        self._set_reducing(stage, is_last)
+        fsdp.collect(stage, is_last or self.pipeline.reduce_each)
 
     @contextlib.contextmanager
     def _split(self) -> Iterator[ops.Later | None]:
@@ -194,7 +202,8 @@ class _Step:
             self._arriving[kind, to_stage, micro] = (None, x)
             return
         tag = micro * self.pipeline.num_stages + stage
-        work = dist.isend(x.contiguous(), rank, self._group(kind == "forward"), tag)
+        x = x.contiguous()  # and kept until it has left
+        work = dist.isend(x, rank, self._group(kind == "forward", self.mesh.rank), tag)
         assert work is not None
         self._leaving.append((work, x))
 
@@ -207,5 +216,5 @@ class _Step:
     def _rank(self, stage: int) -> int:
         return self.mesh.peer(stage % self.mesh.degrees.pp)
 
-    def _group(self, is_forward: bool) -> Group | None:
-        return self.mesh.pp if is_forward else self.mesh.back
+    def _group(self, is_forward: bool, source: int) -> Group:
+        return self.mesh.edge(is_forward, source // self.mesh.num_stage_ranks)

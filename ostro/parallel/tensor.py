@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ostro.model import ops
@@ -60,7 +59,7 @@ def _embed(embedding: Any, first: int, group: Group, tokens_T: Tensor) -> Tensor
     """Look up the words that are here, 0 for the others, and sum while each rank takes its share of the tokens."""
     place_T = tokens_T - first
     is_here_T = (place_T >= 0) & (place_T < len(embedding.weight))
-    found_TD = F.embedding(place_T.clamp(0, len(embedding.weight) - 1), embedding.weight)
+    found_TD = ops.embedding(place_T.clamp(0, len(embedding.weight) - 1), embedding.weight)
     return scatter_sum(torch.where(is_here_T[:, None], found_TD, 0), group)
 
 

@@ -103,6 +103,28 @@ PRODUCTS: dict[str, Case] = {
         "parallel.stage_layers": "[1, 2, 2, 1]",
     },
     "experts cut along ffn: more ranks than experts": {"parallel.fsdp": 16, "model.num_local_experts": 4},
+    "words uncut by tp, and nothing else sharded": {"parallel.tp": 2, "parallel.etp": 2, "parallel.vocab_emb_dp": True},
+    "words uncut by tp · ep · cp": {
+        "parallel.tp": 2,
+        "parallel.cp": 2,
+        "parallel.ep": 4,
+        "parallel.vocab_emb_dp": True,
+    },
+    "rows of 27 tokens · cp · tp · drops": {
+        "data.seq_length": 27,
+        "parallel.tp": 2,
+        "parallel.cp": 2,
+        **DIMENSIONS["token"],
+    },
+    "sliding window · cp": {"model.sliding_window": 7, "parallel.cp": 2},
+    "three stages in a ring": {
+        "model.num_hidden_layers": 6,
+        "parallel.pp": 3,
+        "parallel.schedule": "interleaved",
+        "parallel.virtual_stages": 2,
+        "train.global_batch_sequences": 12,
+        "train.micro_batch_sequences": 2,
+    },
     "tied embeddings · pp · tp · fsdp": {
         "model.tie_word_embeddings": True,
         "parallel.tp": 2,
@@ -140,7 +162,7 @@ def whole(case: Case) -> Case:
     """Return a case with a micro-batch size: no accumulation but with a pipeline, or as the case says."""
     if "train.micro_batch_sequences" in case:
         return case
-    parallel = settings(case).parallel
+    parallel = settings({**case, "train.micro_batch_sequences": 1}).parallel
     share = NUM_ROWS // (parallel.dp * parallel.fsdp)
     pieces = min(share, 4) if parallel.pp > 1 else 1
     return {**case, "train.micro_batch_sequences": share // pieces}
@@ -167,7 +189,7 @@ def _with_ranks(names: str, case: Case) -> Case:
     if "etp" in names.split() and "ep" in names.split():
         case["parallel.fsdp"] = 2
     if "accumulation" in names:
-        parallel = settings(case).parallel
+        parallel = settings({**case, "train.micro_batch_sequences": 1}).parallel
         share = NUM_ROWS // (parallel.dp * parallel.fsdp)
         case["train.micro_batch_sequences"] = share // 4
     return case

@@ -33,7 +33,7 @@ SETTINGS = {
     "model.hidden_size": 32,
     "model.intermediate_size": 16,
     "model.num_hidden_layers": 4,
-    "model.num_attention_heads": 8,
+    "model.num_attention_heads": 16,
     "model.num_key_value_heads": 8,
     "model.head_dim": 4,
     "model.num_local_experts": 8,
@@ -92,9 +92,11 @@ def seen(case: Mapping[str, Any]) -> Seen:
     torch.manual_seed(0)
     config = settings(case)
     device = torch.device("cpu")
-    world = parallelize(config, open_mesh(config.parallel.degrees(), device), torch.float32)
+    world = parallelize(
+        config, open_mesh(config.parallel.degrees(), device, is_tied=config.model.tie_word_embeddings), torch.float32
+    )
     load_weights(RandomReader(config.model, 1), world.held_parameters())
-    optimizer = torch.optim.SGD(world.parameters().values(), lr=0.5, foreach=False)
+    optimizer = torch.optim.SGD(world.parameters().values(), lr=0.2, foreach=False)
     loader: Any = Rows(config.model.vocab_size, config.data.seq_length)
     nothing: Any = None
     run = train.Run(config, Path(), device, nothing, loader, [], world, optimizer, NUM_STEPS, {}, nothing)  # type: ignore[arg-type]

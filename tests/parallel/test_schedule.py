@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+import torch
 
+from ostro.degrees import Degrees
 from ostro.errors import LayoutError
+from ostro.parallel.mesh import Mesh
 from ostro.parallel.schedule import SCHEDULES, Action
 
 CASES = [
@@ -91,3 +95,20 @@ def test_what_a_schedule_cannot_do_is_refused() -> None:
         SCHEDULES["interleaved"](4, 0, 2, 6)
     with pytest.raises(LayoutError, match=r"zero_bubble gives each rank one stage and parallel\.virtual_stages=2"):
         SCHEDULES["zero_bubble"](2, 0, 2, 4)
+
+
+@pytest.mark.parametrize("pp", range(2, 10))
+def test_a_rank_has_a_communicator_for_each_direction_and_neighbour(pp: int) -> None:
+    """NCCL works through a communicator in order: were two directions on one, a message could wait for its answer."""
+    names: Any = [f"group {i}" for i in range(4 + 2 * (pp % 2))]
+    for rank in range(pp):
+        mesh = Mesh(Degrees(pp=pp), rank, torch.device("cpu"), edges=names)
+        used = [
+            mesh.edge(is_forward, source)
+            for is_forward, ahead in ((True, 1), (False, -1))
+            for source in (rank, (rank - ahead) % pp)  # what it sends, and what it receives
+        ]
+        assert len(set(used)) == 4
+        for is_forward, ahead in ((True, 1), (False, -1)):
+            other = Mesh(Degrees(pp=pp), (rank + ahead) % pp, torch.device("cpu"), edges=names)
+            assert mesh.edge(is_forward, rank) == other.edge(is_forward, rank)
