@@ -5,7 +5,8 @@
 
 Each process has a stack of matrices in fp32 with AdamW, one thread, and shares its gradients over gloo. A round times
 steps alone, a save that training waits for, and steps beside a save in a thread, at its own priority and at the step's.
-"Copied" is how long the step that asks for the save stands still.
+"Copied" is how long the step that asks for the save stands still; the cost is that and what the steps beside it take
+longer.
 """
 
 from __future__ import annotations
@@ -71,36 +72,54 @@ def work(rank: int, folder: Path, sizes: tuple[int, int, int], rounds: int, step
     step, held = build(*sizes)
     for _ in range(3):
         step()
-    found: dict[str, Any] = {name: {"copied": [], "steps": [], "save": []} for name in WAYS} | {"alone": []}
+    found: dict[str, Any] = {name: {"copied": [], "ratio": [], "cost": [], "save": []} for name in WAYS} | {"alone": []}
     savers = {name: Saver(folder / name, 1, group, asynchronous=way[0]) for name, way in WAYS.items()}
     for writer in savers.values():  # the first makes the plan and the memory for the copies
         writer.save(1, held(), {})
         writer.finish()
     for number in range(2, rounds + 2):
         for name, writer in savers.items():
-            found["alone"] += [step() for _ in range(steps)]
+            before = [step() for _ in range(steps)]
             saver._NICE = WAYS[name][1]
             dist.barrier()
-            start = time.perf_counter()
-            writer.save(number, held(), {})
-            found[name]["copied"].append(time.perf_counter() - start)
-            while writer._thread is not None and all_say(writer._thread.is_alive()):
-                took = step()
-                if writer._thread.is_alive():  # else only a part of it was beside the save
-                    found[name]["steps"].append(took)
-            for saved in writer.finish():
-                assert saved.error is None, saved.error
-            found[name]["save"].append(time.perf_counter() - start)
-            dist.barrier()
+            copied, beside, last, save = save_beside(writer, number, held(), step)
+            after = [step() for _ in range(steps)]
+            alone = statistics.median(before + after)  # the machine's other work changes: each save has its own measure
+            found["alone"] += before + after
+            found[name]["copied"].append(copied)
+            found[name]["ratio"] += [took / alone for took in beside]
+            found[name]["cost"].append(copied + sum(beside) + last - alone * (len(beside) + bool(last)))
+            found[name]["save"].append(save)
     if rank == 0:
         told.put(found)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def all_say(value: bool) -> bool:
+def save_beside(
+    writer: Saver, number: int, held: dict[str, Held], step: Callable[[], float]
+) -> tuple[float, list[float], float, float]:
+    """Save, stepping until all ranks have ended; return the seconds of the copy, of steps within the save, of the step
+    in which it ended, and of the save."""
+    start = time.perf_counter()
+    writer.save(number, held, {})
+    copied = time.perf_counter() - start
+    beside: list[float] = []
+    last = 0.0
+    while not last and writer._thread is not None and any_says(writer._thread.is_alive()):
+        took = step()
+        if any_says(writer._thread.is_alive()):
+            beside.append(took)
+        else:
+            last = took
+    for saved in writer.finish():
+        assert saved.error is None, saved.error
+    return copied, beside, last, time.perf_counter() - start
+
+
+def any_says(value: bool) -> bool:
     answer = torch.tensor(int(value))
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer)
 
 
@@ -129,14 +148,13 @@ def main() -> None:
         for process in ranks:
             process.join()
     num_bytes = 12 * sizes[0] ** 2 * sizes[1]
-    alone = statistics.median(found["alone"])
     print(f"{RANKS} processes, {num_bytes / 1e6:,.0f} MB of state each; seconds, medians (range), {rounds} rounds")
     print(f"a step alone: {spread(found['alone'])}\n")
-    print("| saving | copied | step meanwhile | to one alone | the whole save |\n|---|---|---|---|---|")
+    print("| saving | copied | a step meanwhile, to one alone | the whole save | what it costs the training |")
+    print("|---|---|---|---|---|")
     for name in WAYS:
         row = found[name]
-        ratio = f"{statistics.median(row['steps']) / alone:.2f}" if row["steps"] else "—"
-        print(f"| {name} | {spread(row['copied'])} | {spread(row['steps'])} | {ratio} | {spread(row['save'])} |")
+        print(f"| {name} | " + " | ".join(spread(row[key]) for key in ("copied", "ratio", "save", "cost")) + " |")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
