@@ -32,7 +32,7 @@ DIMENSIONS: dict[str, Case] = {
     "probability": {"moe.capacity_factor": 0.7, "moe.drop": "probability"},
 }
 # Of these a run has one at most.
-_EXCLUSIVE = (
+EXCLUSIVE = (
     {"1f1b", "interleaved", "zero_bubble"},
     {"selective", "full"},
     {"dropless", "token", "choice", "probability"},
@@ -177,7 +177,7 @@ def alone() -> Iterator[tuple[str, Case]]:
 def pairs() -> Iterator[tuple[str, Case]]:
     """Yield every pair of dimensions that can meet."""
     for one, other in itertools.combinations(DIMENSIONS, 2):
-        if not any({one, other} <= group for group in _EXCLUSIVE) and {one, other} != {"tp", "etp"}:
+        if not any({one, other} <= group for group in EXCLUSIVE):
             case = {**DIMENSIONS[one], **DIMENSIONS[other]}
             yield f"{one} · {other}", _with_ranks(f"{one} {other}", case)
 
@@ -204,4 +204,4 @@ def features(config: Config) -> set[str]:
     found |= {config.train.recompute} - {"none"}
     found |= {"dropless" if moe.capacity_factor is None else moe.drop}
     share = config.train.global_batch_sequences // (parallel.dp * parallel.fsdp)
-    return found | ({"accumulation"} if share > config.train.micro_batch_sequences and parallel.pp == 1 else set())
+    return found | ({"accumulation"} if share > config.train.micro_batch_sequences else set())

@@ -87,7 +87,7 @@ def settings(case: Mapping[str, Any]) -> Config:
     return load_config("tiny", [f"{key}={value}" for key, value in {**SETTINGS, **case}.items()])
 
 
-def seen(case: Mapping[str, Any]) -> Seen:
+def seen(case: Mapping[str, Any], num_steps: int = NUM_STEPS) -> Seen:
     """Train a case in this process's world (or alone), and return this rank's parts, each with its place."""
     torch.manual_seed(0)
     config = settings(case)
@@ -99,7 +99,7 @@ def seen(case: Mapping[str, Any]) -> Seen:
     optimizer = torch.optim.SGD(world.parameters().values(), lr=0.2, foreach=False)
     loader: Any = Rows(config.model.vocab_size, config.data.seq_length)
     nothing: Any = None
-    run = train.Run(config, Path(), device, nothing, loader, [], world, optimizer, NUM_STEPS, {}, nothing)  # type: ignore[arg-type]
+    run = train.Run(config, Path(), device, nothing, loader, [], world, optimizer, num_steps, {}, nothing)  # type: ignore[arg-type]
     gradients: list[dict[str, Tensor]] = []
 
     def note(factor: float) -> None:
@@ -107,7 +107,7 @@ def seen(case: Mapping[str, Any]) -> Seen:
 
     world.scale_gradients = note  # before clipping, and instead of it
     rows = []
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         stats = train.train_step(run)
         aux = stats.stats_LS[:, config.model.num_local_experts].sum().item()
         rows.append((stats.loss, aux, stats.grad_norm))
@@ -125,16 +125,16 @@ def _parts(world: World, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return parts
 
 
-def _rank_main(case: Mapping[str, Any]) -> Any:
-    return dataclasses.astuple(seen(case))
+def _rank_main(case: Mapping[str, Any], num_steps: int) -> Any:
+    return dataclasses.astuple(seen(case, num_steps))
 
 
 @functools.cache
-def _reference(case: tuple[tuple[str, Any], ...]) -> Seen:
-    return seen(dict(case))
+def _reference(case: tuple[tuple[str, Any], ...], num_steps: int) -> Seen:
+    return seen(dict(case), num_steps)
 
 
-def difference(case: Mapping[str, Any]) -> dict[str, float]:
+def difference(case: Mapping[str, Any], num_steps: int = NUM_STEPS) -> dict[str, float]:
     """Return the largest relative differences of a case from one process, by what is compared.
 
     Losses relative to themselves, gradients and weights to each tensor's largest value; every part of every tensor
@@ -143,14 +143,15 @@ def difference(case: Mapping[str, Any]) -> dict[str, float]:
     config = settings(case)
     size = config.parallel.degrees().num_ranks
     alone = {key: value for key, value in case.items() if key.startswith(_OF_BOTH)}
-    reference = _reference(tuple(sorted(alone.items())))
-    ranks = [Seen(*result) for result in run_in_world(size, _rank_main, dict(case))] if size > 1 else [seen(case)]
+    reference = _reference(tuple(sorted(alone.items())), num_steps)
+    many = run_in_world(size, _rank_main, dict(case), num_steps) if size > 1 else [_rank_main(case, num_steps)]
+    ranks = [Seen(*result) for result in many]
     worst = {"loss": 0.0, "aux loss": 0.0, "grad norm": 0.0, "gradients": 0.0, "weights": 0.0}
     for rank in ranks:
         for row, expected in zip(rank.rows, reference.rows, strict=True):
             for key, value, other in zip(worst, row, expected, strict=False):
                 worst[key] = max(worst[key], abs(value - other) / abs(other))
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         parts = [rank.gradients[step] for rank in ranks]
         worst["gradients"] = max(worst["gradients"], _furthest(parts, reference.gradients[step]))
     worst["weights"] = _furthest([rank.weights for rank in ranks], reference.weights)
