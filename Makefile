@@ -11,7 +11,7 @@ READY := .venv/.ready
 # Files that start with an underscore are shared by benchmarks; those that end in _gpu need one.
 BENCHMARKS := $(sort $(filter-out %_gpu.py benchmarks/_%,$(wildcard benchmarks/*.py)))
 
-.PHONY: help setup demo test check bench interop clean
+.PHONY: help setup demo test check parity bench interop clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -42,6 +42,10 @@ check: $(READY) ## ruff, its formatter, pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+parity: $(READY) ## every layout against one process, its table into docs/parallel.md (minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/parallel/table.py --write
+	OMP_NUM_THREADS=1 OSTRO_PARITY=1 $(BIN)/python -m pytest -q tests/parallel/test_parity.py -k compiled
 
 bench: $(READY) ## every benchmark that needs no GPU (BENCH_FLAGS= for the long runs)
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(BENCH_FLAGS) || exit 1; done

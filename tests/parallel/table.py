@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
 from matrix import PRODUCTS, alone, pairs, whole
 from parity import TOLERANCE, difference, settings
 
