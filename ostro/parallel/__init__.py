@@ -1,0 +1,1 @@
+"""How one model spans many processes and hosts."""
