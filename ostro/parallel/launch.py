@@ -77,6 +77,11 @@ class LaunchOptions:
                 "own: leave out --nproc-per-node and --nnodes, or start it without that launcher."
             )
 
+    def arguments(self) -> list[str]:
+        """Return the options as `ostro train` takes them."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+
 
 class FailedError(Error):
     """A worker's first error, with that worker's exit code."""
@@ -107,10 +112,7 @@ def launch(command: list[str], options: LaunchOptions) -> int:
     rank's sentence and exit code.
     """
     options.check()
-    try:
-        options.log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--log-dir {options.log_dir} cannot be made: {error.strerror}.") from None
+    _make_log_dir(options)
     meeting = Meeting(
         node_rank=options.node_rank,
         num_nodes=options.nnodes,
@@ -130,19 +132,40 @@ def launch(command: list[str], options: LaunchOptions) -> int:
         meeting.leave()
 
 
+def launch_ostro(arguments: list[str], options: LaunchOptions, *, in_background: bool) -> int:
+    """Run `ostro` with `arguments` in all processes, or leave that to a process in the background and say which."""
+    if not in_background:
+        return launch([sys.executable, "-m", "ostro", *arguments], options)
+    pid = detach(arguments, options)
+    log.say(f"process {pid} goes on in the background")
+    log.say(f"follow: tail -F {launcher_log(options)}   each rank's log is beside it")
+    log.say(f"stop:   kill {pid}   saves first")
+    return 0
+
+
 def detach(arguments: list[str], options: LaunchOptions) -> int:
-    """Start `ostro` with `arguments` in the background, in a session of its own; return its process id."""
+    """Start `ostro` with `arguments` and the options in the background, in a session of its own; return its process id.
+
+    What it writes goes to `launcher_log(options)`.
+    """
     options.check()
-    options.log_dir.mkdir(parents=True, exist_ok=True)
+    _make_log_dir(options)
     with launcher_log(options).open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "ostro", *arguments],
+            [sys.executable, "-m", "ostro", *arguments, *options.arguments()],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         ).pid
+
+
+def _make_log_dir(options: LaunchOptions) -> None:
+    try:
+        options.log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir {options.log_dir} cannot be made: {error.strerror}.") from None
 
 
 def launcher_log(options: LaunchOptions) -> Path:
@@ -412,7 +435,6 @@ def _environment(options: LaunchOptions, world: Round, rank: int) -> dict[str, s
         "OMP_NUM_THREADS": max(1, usable_cores() // options.nproc_per_node),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": 1,
         "TORCH_FR_DUMP_TEMP_FILE": options.log_dir / "flight-",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": options.log_dir / "flight-",
     }
     return {k: str(v) for k, v in defaults.items()} | dict(os.environ) | {k: str(v) for k, v in own.items()}
 

@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import re
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -75,8 +76,9 @@ def join(device: torch.device, timeout_seconds: float | None = None) -> Process:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the newer and the older name
-        os.environ.setdefault(name, _RECORDED_COLLECTIVES)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED_COLLECTIVES)
+    if process.local_world_size < process.world_size:
+        _choose_interface(address)
     devices.select(device, process.local_rank)
     timeout = datetime.timedelta(seconds=_timeout_seconds(timeout_seconds))
     _set_default_timeout(timeout)
@@ -213,6 +215,24 @@ def _set_default_timeout(timeout: datetime.timedelta) -> None:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         if hasattr(c10d, name):
             setattr(c10d, name, timeout)
+
+
+def _choose_interface(address: str) -> None:
+    """Let gloo use the interface that reaches `address`; it takes what the host's name means, often the loopback."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    import fcntl
+    import struct
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                request = struct.pack("256s", name.encode())
+                there = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR, Linux
+                if there == own and name != "lo":
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _end_with_launcher() -> None:

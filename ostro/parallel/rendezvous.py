@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import socket
 import time
 from typing import Any
@@ -68,6 +69,9 @@ class Meeting:
         self._workers_store: dist.TCPStore | None = None  # kept alive here, on the host of node rank 0
         self._silent_until = 0.0
         self._num_rounds = 0
+        # The handler would offer a store of its own and, in a later round, not tell a host that is new where (torch
+        # 2.13): that host would wait for its timeout.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         logging.getLogger("torch.distributed.elastic.rendezvous").setLevel(logging.ERROR)
 
     def next_round(self) -> Round:

@@ -43,7 +43,7 @@ def work(num_steps: int, step_seconds: float, folder: Path) -> int:
     import torch
     import torch.distributed as dist
 
-    from ostro.errors import Error
+    from ostro.errors import DataError, Error
     from ostro.parallel import process
 
     try:
@@ -64,8 +64,8 @@ def work(num_steps: int, step_seconds: float, folder: Path) -> int:
                     (folder / "state.partial").replace(folder / "state.json")
                 if (folder / f"kill{me.rank}-{step}").exists() and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                     os.kill(os.getpid(), 9)
-                if (folder / f"hang{me.rank}-{step}").exists():
-                    time.sleep(300)
+                if (folder / f"fail{me.rank}-{step}").exists():
+                    raise DataError(f"rank {me.rank} read something bad.")
         return 0
     except Error as error:
         print(f"ostro: {error}", flush=True)

@@ -56,9 +56,7 @@ class Hosts:
         }
         words = ["launch", str(STEPS), str(STEP_SECONDS), str(folder), "--", json.dumps(own | options)]
         with (folder / f"launcher{index}.log").open("ab") as log:
-            return self.on(
-                index, sys.executable, toy.__file__, *words, stdout=log, stderr=log, start_new_session=True
-            )
+            return self.on(index, sys.executable, toy.__file__, *words, stdout=log, stderr=log, start_new_session=True)
 
     def close(self) -> None:
         for keeper in self.keepers:
@@ -132,24 +130,54 @@ def gone(hosts: Hosts, folder: Path) -> None:
     report("host gone for good", folder, launchers[:1], start)
 
 
-def kill_host(folder: Path, launcher: subprocess.Popen) -> None:
+def failed(hosts: Hosts, folder: Path) -> None:
+    start = time.monotonic()
+    (folder / "fail1-10").touch()
+    launchers = [hosts.launch(index, folder) for index in (0, 1)]
+    for launcher in launchers:
+        launcher.wait(timeout=100)
+    last = [(folder / f"launcher{index}.log").read_text().splitlines()[-1] for index in (0, 1)]
+    report("error on one host", folder, launchers, start, told=last)
+
+
+def store_killed(hosts: Hosts, folder: Path) -> None:
+    start = time.monotonic()
+    launchers = [hosts.launch(index, folder) for index in (0, 1)]
+    at = wait_for_step(folder, 10)
+    kill_host(folder, launchers[0], node_rank=0)
+    time.sleep(1)
+    launchers[0] = hosts.launch(0, folder)
+    report("the store's host killed and started again", folder, launchers, start, killed_at=at)
+
+
+def kill_host(folder: Path, launcher: subprocess.Popen, node_rank: int = 1) -> None:
     """End a host's launcher and workers at once, as a power cut would: nothing is said to anybody."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             variables = path.read_bytes().split(b"\0")
-            if b"GROUP_RANK=1" in variables and f"OSTRO_LOG_DIR={folder / 'logs'}".encode() in variables:
+            if (
+                f"GROUP_RANK={node_rank}".encode() in variables
+                and f"OSTRO_LOG_DIR={folder / 'logs'}".encode() in variables
+            ):
                 os.kill(int(path.parent.name), signal.SIGKILL)
     launcher.kill()
     launcher.wait()
 
 
-SCENES = {"undisturbed": undisturbed, "cut": cut, "killed": killed, "gone": gone}
+SCENES = {
+    "undisturbed": undisturbed,
+    "cut": cut,
+    "killed": killed,
+    "gone": gone,
+    "failed": failed,
+    "store": store_killed,
+}
 
 
 def main() -> None:
     folder, scenes = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(SCENES)
     if os.environ.get("OSTRO_IN_NAMESPACE") != "1":
-        os.environ["OSTRO_IN_NAMESPACE"] = "1"
+        os.environ |= {"OSTRO_IN_NAMESPACE": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         os.execvp("unshare", ["unshare", "-Urn", sys.executable, __file__, *sys.argv[1:]])
     hosts = Hosts()
     try:
