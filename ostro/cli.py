@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -155,7 +156,8 @@ def train(
 
     overrides = list(context.args) + (["checkpoint.resume=must"] if resume else [])
     config = load_config(recipe, overrides)
-    if detach or nproc_per_node > 1 or nnodes > 1:
+    if detach or nproc_per_node != 1 or nnodes != 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read with torch: a lost host is told in a sentence
         from ostro.parallel.launch import LaunchOptions, launch_ostro
 
         options = LaunchOptions(

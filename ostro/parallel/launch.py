@@ -188,7 +188,8 @@ def _run_rounds(command: list[str], options: LaunchOptions, meeting: Meeting, si
         meeting.tell_failure(dataclasses.asdict(ending))
         if is_last:
             ending = _cause(ending, meeting)
-        _tell(f"rank {ending.rank} failed first, with exit code {ending.exit_code}; its log is {ending.log}")
+        here = " on this host" if options.nnodes > 1 and not is_last else ""
+        _tell(f"rank {ending.rank} failed first{here}, with exit code {ending.exit_code}; its log is {ending.log}")
         if is_last:
             meeting.end(ending.sentence, ending.exit_code)
             raise FailedError(ending.sentence, ending.exit_code)

@@ -271,10 +271,12 @@ def test_two_hosts(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     scenes = {row["scene"]: row for row in map(json.loads, done.stdout.splitlines())}
-    for scene in ("undisturbed", "cable cut", "host killed and started again"):
+    lost = ("cable cut", "host killed and started again", "the store's host killed and started again")
+    for scene in ("undisturbed", *lost):
         assert scenes[scene]["exit_codes"] == [0, 0]
         assert scenes[scene]["is_exact"]
-    assert scenes["cable cut"]["starts"] == scenes["host killed and started again"]["starts"] == 2
+    assert [scenes[scene]["starts"] for scene in lost] == [2, 2, 2]
     assert scenes["cable cut"]["stood_at"] < scenes["cable cut"]["step"]
     assert scenes["host gone for good"]["exit_codes"] == [1]
     assert scenes["error on one host"]["exit_codes"] == [3, 3]
+    assert set(scenes["error on one host"]["told"]) == {"ostro: rank 1 read something bad."}
