@@ -125,7 +125,12 @@ def test_more_processes_than_accelerators(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def in_world(
-    size: int, work: Any, folder: Path, timeout_seconds: float = 1.0, num_started: int | None = None
+    size: int,
+    work: Any,
+    folder: Path,
+    timeout_seconds: float = 2.0,
+    others_seconds: float = 0.7,
+    num_started: int | None = None,
 ) -> dict[int, str]:
     """Fork `size` processes that join, call `work(process)` and leave; return what each ended with, by rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -137,7 +142,7 @@ def in_world(
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         os.environ |= {"OSTRO_LOG_DIR": str(folder), "OSTRO_TIMEOUT_SECONDS": str(timeout_seconds)}
-        process._OTHERS_SECONDS = 0.7
+        process._OTHERS_SECONDS = others_seconds
         me = ALONE
         try:
             me = join(torch.device("cpu"))
@@ -166,13 +171,13 @@ def test_a_rank_that_does_not_come_is_named_with_the_collective(tmp_path: Path) 
         x = torch.ones(2)
         dist.all_reduce(x)
         if me.rank == 1:
-            time.sleep(2.5)
+            time.sleep(4)
         elif me.rank == 0:  # a group of an axis has the same timeout, and only its own ranks are missed
             dist.all_to_all_single(torch.empty(2), x, group=pair)
 
     told = in_world(3, work, tmp_path)
     assert told[0] == (
-        "TrainError: rank 0 waited 1 s in all_to_all (call 1 of mesh_ep): rank 1 did not come; "
+        "TrainError: rank 0 waited 2 s in all_to_all (call 1 of mesh_ep): rank 1 did not come; "
         f"see {tmp_path}/rank1.log."
     )
     assert told[1] == told[2] == "done"
@@ -182,17 +187,18 @@ def test_a_rank_that_does_not_come_is_named_with_the_collective(tmp_path: Path) 
 
 def test_ranks_in_different_collectives_are_named_with_both(tmp_path: Path) -> None:
     def work(me: Process) -> None:
+        dist.barrier()
         if me.rank == 0:
             dist.all_reduce(torch.ones(2))
         else:
             dist.recv(torch.ones(2), 0)
 
-    told = in_world(2, work, tmp_path)
+    told = in_world(2, work, tmp_path, others_seconds=20)  # it ends as soon as both have told
     assert told[0] == (
-        "TrainError: rank 0 waited 1 s in all_reduce (call 1 of default_pg): rank 1 waited in recv; "
+        "TrainError: rank 0 waited 2 s in all_reduce (call 2 of default_pg): rank 1 waited in recv; "
         "ranks must make the same calls in the same order."
     )
-    assert told[1].startswith("TrainError: rank 1 waited 1 s in recv: rank 0 waited in all_reduce (call 1 of")
+    assert told[1].startswith("TrainError: rank 1 waited 2 s in recv: rank 0 waited in all_reduce (call 2 of")
 
 
 def test_a_rank_that_left_is_no_hang(tmp_path: Path) -> None:
@@ -210,7 +216,7 @@ def test_a_rank_that_left_is_no_hang(tmp_path: Path) -> None:
 
 
 def test_others_that_never_start(tmp_path: Path) -> None:
-    told = in_world(2, lambda me: None, tmp_path, num_started=1)
+    told = in_world(2, lambda me: None, tmp_path, timeout_seconds=1, num_started=1)
     assert told[0].startswith("TrainError: rank 0 waited for all 2 processes at 127.0.0.1:")
     assert "did not meet within 1 s" in told[0]
 
