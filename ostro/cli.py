@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from ostro.config import Config
     from ostro.serve.engine import Completion, Engine
     from ostro.serve.sampling import Sampling
 
@@ -138,17 +140,59 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
     resume: Annotated[bool, typer.Option("--resume", help="There must be a checkpoint to resume from.")] = False,
+    nproc_per_node: Annotated[int, typer.Option(help="Processes on this host, one a device.")] = 1,
+    nnodes: Annotated[int, typer.Option(help="Hosts; start the same command on each.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="Which host this is, from 0; 0 keeps the store.")] = 0,
+    master_addr: Annotated[str | None, typer.Option(help="The address of the host with node rank 0.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="A free port of that host; 29500 unless given.")] = None,
+    rdzv_timeout: Annotated[float, typer.Option(help="Seconds the hosts wait for each other.")] = 600.0,
+    timeout_seconds: Annotated[float, typer.Option(help="Seconds a collective may wait for a rank.")] = 600.0,
+    max_restarts: Annotated[int, typer.Option(help="Starts after a failure, from the last checkpoint.")] = 3,
+    log_dir: Annotated[Path | None, typer.Option(help="A log a rank; run.dir/logs unless given.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
 ) -> None:
     """Train: RECIPE, then any number of overrides (a.b=c or --a.b c)."""
     from ostro.config import load_config
-    from ostro.train import train as run_train
 
     overrides = list(context.args) + (["checkpoint.resume=must"] if resume else [])
-    outcome = run_train(load_config(recipe, overrides))
+    config = load_config(recipe, overrides)
+    if detach or nproc_per_node != 1 or nnodes != 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read with torch: a lost host is told in a sentence
+        from ostro.parallel.launch import LaunchOptions, launch_ostro
+
+        options = LaunchOptions(
+            log_dir=log_dir or Path(config.run.dir) / "logs",
+            nproc_per_node=nproc_per_node,
+            nnodes=nnodes,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            rdzv_timeout=rdzv_timeout,
+            timeout_seconds=timeout_seconds,
+            max_restarts=max_restarts,
+        )
+        debug = ["--debug"] if "--debug" in sys.argv else []
+        raise typer.Exit(launch_ostro([*debug, "train", recipe, *overrides], options, in_background=detach))
+    _train_here(config)
+
+
+def _train_here(config: Config) -> None:
+    from ostro import device
+    from ostro.parallel import process
+    from ostro.train import train as run_train
+
+    me = process.join(device.accelerator())
+    try:
+        with process.explained(me):
+            outcome = run_train(config)
+    finally:
+        process.leave()
     if outcome.signal is not None:
-        typer.echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
+        if me.rank == 0:
+            typer.echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
         raise typer.Exit(128 + outcome.signal)
-    _say_trained(outcome)
+    if me.rank == 0:
+        _say_trained(outcome)
 
 
 def _say_trained(outcome: Any) -> None:

@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from ostro.errors import LayoutError
 from ostro.machine import memory_limit_bytes, usable_cores
 
 # Dense bf16 peak, TFLOP/s, by a word of the device's name; from the makers' data sheets (no sparsity).
@@ -34,6 +35,27 @@ def accelerator() -> torch.device:
 def is_cuda(device: torch.device | str) -> bool:
     """Whether CUDA's kernels (varlen attention, grouped products) run on `device`."""
     return torch.device(device).type == "cuda"
+
+
+def backend(device: torch.device) -> str:
+    """Return what carries collectives: the device's own library, and gloo beside it for tensors in host memory."""
+    libraries = {"cuda": "nccl", "npu": "hccl"}
+    return "gloo" if device.type not in libraries else f"cpu:gloo,{device.type}:{libraries[device.type]}"
+
+
+def select(device: torch.device, index: int) -> None:
+    """Make the accelerator number `index` of this host the current one; a CPU is one device.
+
+    Raises LayoutError where the host has fewer.
+    """
+    if device.type == "cpu":
+        return
+    there = torch.accelerator.device_count()
+    if index >= there:
+        raise LayoutError(
+            f"this host has {there} accelerators and its process number {index} wants one: lower --nproc-per-node."
+        )
+    torch.accelerator.set_device_index(index)
 
 
 def name(device: torch.device) -> str:

@@ -200,8 +200,8 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
     """Refuse what is certain to fail later: a run directory that is another's, no data to evaluate on, no memory."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file: choose a folder.")
-    found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    if found - {"logs"} and "config.yaml" not in found:  # the launcher's logs come first
+    others = [path for path in run_dir.iterdir() if path.name != "logs"] if run_dir.is_dir() else []  # the launcher's
+    if others and not (run_dir / "config.yaml").exists():
         raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
     if config.train.eval_every and not config.data.eval_path:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")

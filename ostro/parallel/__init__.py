@@ -1,1 +1,1 @@
-"""How one model spans many ranks."""
+"""How one model spans many processes and hosts."""
