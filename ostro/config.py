@@ -151,8 +151,9 @@ class Parallel(Section):
     """Degrees of parallelism (`degrees.Degrees`), whose product is the number of processes, and how they work.
 
     `tp` comes with sequence parallel. `etp` cuts the experts' inner dim: 1, or the same as tp. `micro_batch_num` is the
-    global batch over (dp·fsdp·micro-batch): given, it must be that. `schedule` 1f1b and zero_bubble have one stage a
-    rank, interleaved has `virtual_stages`; `stage_layers` says how many layers each stage has (null: equally many).
+    global batch over (dp·fsdp·micro-batch): given for a pipeline, it must be that. `schedule` 1f1b and zero_bubble have
+    one stage a rank, interleaved has `virtual_stages`; `stage_layers` says how many layers each stage has (null:
+    equally many).
     `vocab_emb_dp` leaves embedding and head uncut by tp; `gradient_aggregation_group` blocks are gathered and reduced
     together; `gradient_accumulation_shard` reduces gradients with every micro-batch instead of once a step.
 

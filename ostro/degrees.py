@@ -154,7 +154,7 @@ def num_micro_batches(degrees: Degrees, global_sequences: int, micro_sequences: 
     """Return how many micro-batches a rank works through in a step.
 
     Raises LayoutError where the batch does not divide over the data ranks (dp·fsdp) and, over several ranks, where a
-    micro-batch would be smaller than the others, or where the number is not the `given` one.
+    micro-batch would be smaller than the others, or where a pipeline's number is not the `given` one.
     """
     data_ranks = degrees.dp * degrees.fsdp
     each = data_ranks * micro_sequences
@@ -165,7 +165,7 @@ def num_micro_batches(degrees: Degrees, global_sequences: int, micro_sequences: 
             "other degrees."
         )
     found = -(-global_sequences // each)
-    if given is not None and given != found:
+    if given is not None and given != found and degrees.pp > 1:
         raise LayoutError(
             f"parallel.micro_batch_num={given} and train.global_batch_sequences={global_sequences} over dp·fsdp·"
             f"micro_batch_sequences={each} make {found}: set train.global_batch_sequences={given * each}, or leave "

@@ -69,12 +69,8 @@ def evaluate(
     )
     world = model if isinstance(model, World) else alone(model)
     config, device, mesh = world.model, world.mesh.device, world.mesh
-    stats_LS = torch.zeros(
-        config.num_hidden_layers,
-        routing.num_stats(config.num_local_experts),
-        dtype=torch.float64,
-        device=device,
-    )
+    shape = config.num_hidden_layers, routing.num_stats(config.num_local_experts)
+    stats_LS = torch.zeros(shape, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = world.is_training
     world.train(False)

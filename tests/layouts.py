@@ -31,12 +31,12 @@ def degrees(draw: st.DrawFn) -> Degrees:
 
 @st.composite
 def models_for(draw: st.DrawFn, degrees: Degrees) -> ModelConfig:
-    """Draw a model that the degrees divide; what fsdp cuts may be ragged."""
+    """Draw a model that the degrees divide; what fsdp cuts may be ragged, what efsdp cuts along ffn may not."""
     kv_heads = degrees.tp * draw(st.integers(1, 2))
     return ModelConfig(
         vocab_size=degrees.tp * draw(st.integers(3, 7)),
         hidden_size=draw(st.integers(1, 9)),
-        intermediate_size=degrees.etp * draw(st.integers(1, 7)),
+        intermediate_size=degrees.etp * degrees.efsdp * draw(st.integers(1, 7)),
         num_hidden_layers=degrees.pp * draw(st.integers(1, 2)),
         num_attention_heads=kv_heads * draw(st.integers(1, 2)),
         num_key_value_heads=kv_heads,

@@ -116,6 +116,7 @@ def test_stages_have_equally_many_layers_in_order(each: int, num_stages: int) ->
         (Degrees(fsdp=2, ep=4), "ep·etp=4 does not divide fsdp·cp·tp=2: experts lie within these; change one."),
         (Degrees(tp=2, ep=2, etp=2), "ep·etp=4 does not divide fsdp·cp·tp=2"),
         (Degrees(tp=4, etp=2), "etp=2 must be 1 or tp=4."),
+        (Degrees(fsdp=5), "5 ranks (fsdp·cp·tp over ep·etp) share 6 experts of inner size 12, and neither number can"),
     ],
 )
 def test_degrees_that_do_not_fit(wrong: Degrees, sentence: str) -> None:
@@ -133,7 +134,7 @@ def test_what_tp_cuts_must_be_divisible(change: dict[str, int], setting: str) ->
         Degrees(tp=4, etp=4).check(model)
 
 
-@pytest.mark.parametrize("fitting", [Degrees(), Degrees(tp=4, etp=4, ep=3, fsdp=3), Degrees(dp=5, fsdp=7, cp=2, pp=3)])
+@pytest.mark.parametrize("fitting", [Degrees(), Degrees(tp=4, etp=4, ep=3, fsdp=3), Degrees(dp=5, fsdp=2, cp=3, pp=3)])
 def test_degrees_that_fit(fitting: Degrees) -> None:
     fitting.check(MODEL)
     assert fitting.num_ranks == fitting.pp * fitting.dp * fitting.efsdp * fitting.ep * fitting.etp

@@ -70,7 +70,10 @@ def test_the_seeds_words_mean_what_they_say() -> None:
         ({"parallel.pp": 2, "parallel.stage_layers": "[1, 2]"}, r"stage_layers=\[1, 2\] must be 2 numbers"),
         ({"parallel.fsdp": 3}, r"3 ranks .* share 8 experts of inner size 16, and neither"),
         ({"parallel.dp": 3}, r"global_batch_sequences=16 is no multiple of .*=3: use 18"),
-        ({"parallel.micro_batch_num": 3}, r"micro_batch_num=3 .* make 16: set train.global_batch_sequences=3"),
+        (
+            {"parallel.pp": 2, "parallel.micro_batch_num": 3},
+            r"micro_batch_num=3 .* make 16: set train.global_batch_sequences=3",
+        ),
         ({"parallel.schedule": "zero_bubble"}, r"schedule, virtual_stages and stage_layers mean nothing with pp=1"),
         ({"parallel.pp": 2, "parallel.virtual_stages": 2}, r"interleaved is what has 2 stages a rank or more"),
         (
