@@ -114,9 +114,11 @@ def explained(process: Process) -> Iterator[None]:
         if process.world_size == 1 or not dist.is_initialized():
             raise
         if LOST.search(text):
+            call = _last_call(error)
+            _post(process, call)  # gloo closes its connections when a wait is over: that rank asks who else waited
             raise TrainError(
-                f"rank {process.rank} lost its connection to another rank in {_last_call(error).name}: that one ended "
-                "first, and its log says why."
+                f"rank {process.rank} lost its connection to another rank in {call.name}: that one ended first, and "
+                "its log says why."
             ) from error
         if _TIMED_OUT.search(text):
             raise TrainError(_hang_sentence(process, _last_call(error), text)) from error
@@ -339,20 +341,27 @@ def _waited_seconds(text: str) -> float:
     return timeout.total_seconds() if isinstance(timeout, datetime.timedelta) else DEFAULT_TIMEOUT_SECONDS
 
 
-def _told_by_others(process: Process, call: _Call) -> dict[int, str]:
-    """Post where this rank waits in the job's store and return where the others of its group do, by rank."""
-    told: dict[int, str] = {}
+def _post(process: Process, call: _Call) -> Any:
+    """Write into the job's store where this rank waits; return the store, or None where there is none any more."""
     try:
         store = c10d._get_default_store()
         store.set(f"ostro/waits/{process.rank}", str(call))
-        deadline = time.monotonic() + _OTHERS_SECONDS
-        while len(told) < len(call.ranks) and time.monotonic() < deadline:
+    except (AttributeError, RuntimeError):  # no such function in this torch, or the store's host is gone
+        return None
+    return store
+
+
+def _told_by_others(process: Process, call: _Call) -> dict[int, str]:
+    """Post where this rank waits and return where the ranks of its group do, by rank."""
+    told = {process.rank: str(call)}
+    store = _post(process, call)
+    deadline = time.monotonic() + _OTHERS_SECONDS
+    with contextlib.suppress(RuntimeError):
+        while store is not None and len(told) < len(call.ranks) and time.monotonic() < deadline:
             for rank in call.ranks:
                 if rank not in told and store.check([f"ostro/waits/{rank}"]):
                     told[rank] = store.get(f"ostro/waits/{rank}").decode()
             time.sleep(0.05)
-    except (AttributeError, RuntimeError):  # no such function in this torch, or the store's host is gone
-        told.setdefault(process.rank, str(call))
     return told
 
 
