@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ostro import device as devices
 from ostro import log
-from ostro.batch import batch_of, why_none
+from ostro.batch import Batch, batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
@@ -260,25 +261,39 @@ def train_step(run: Run) -> StepStats:
         )
         for first in range(0, len(rows), train.micro_batch_sequences)
     ]
-    part = world.forward_backward(batches, 1.0 / num_labels)
-    sums = torch.stack([part.double(), world.squared_grad_norm()])
-    for each in (sums, stats_LS):
-        world.sum_over_ranks(each)
+    sums = add_gradients(world, batches, 1.0 / num_labels, stats_LS)
     loss, grad_norm = sums[0].item(), math.sqrt(sums[1].item())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise TrainError(
             f"step {run.step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; nothing was updated. "
             "Lower optim.learning_rate, or look at this step's data."
         )
-    world.scale_gradients(clip_factor(grad_norm, config.optim.max_grad_norm))
     rate = learning_rate(config.optim, run.step, run.total_steps)
     set_learning_rate(run.optimizer, rate)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    update(world, run.optimizer, clip_factor(grad_norm, config.optim.max_grad_norm))
     world.update_biases(stats_LS, config.moe.bias_update_rate)
     run.step += 1
     run.num_tokens += int(num_tokens)
     return StepStats(loss, grad_norm, rate, int(num_tokens), flops, stats_LS)
+
+
+def add_gradients(world: World, batches: Sequence[Batch], scale: float, stats_LS: Tensor) -> Tensor:
+    """Add up a step's gradients; return the loss and the gradient's squared norm of all ranks [2], fp64.
+
+    Statistics, which the batches add to, are summed over the ranks as well. Nothing is waited for.
+    """
+    part = world.forward_backward(batches, scale)
+    sums = torch.stack([part.double(), world.squared_grad_norm()])
+    for each in (sums, stats_LS):
+        world.sum_over_ranks(each)
+    return sums
+
+
+def update(world: World, optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Update the parameters by their gradients times `factor`, and drop the gradients."""
+    world.scale_gradients(factor)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _draws_from(run: Run, first: int) -> list[int]:
