@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for it
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for these two
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ostro.batch import Batch, batch_of
 from ostro.config import Config
@@ -140,8 +141,8 @@ def _shapes(record: Any) -> Any:
 
 
 def _real_tensors() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which tensors have values; torch has no public name for it."""
-    return torch.utils._python_dispatch._disable_current_modes()
+    """Return a context in which tensors have values."""
+    return _disable_current_modes()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ Both counters work on real tensors and on fake ones, so that a dry run (`plan`) 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
-from torch.utils._pytree import tree_leaves
 
 from ostro.parallel.apply import World, local
 from ostro.parallel.mesh import Mesh
@@ -39,6 +39,7 @@ _COPIES = {
     "aten::_to_copy",
     "aten::cat",
     "aten::split_with_sizes_copy",
+    "c10d::_allgather_base_",
     "fsdp::all_gather_copy_in",
     "fsdp::split_with_sizes_copy",
 }
@@ -121,8 +122,9 @@ class Footprint(TorchDispatchMode):
         self.most: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self.peak: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self._held: dict[int, tuple[weakref.ref[Any], Category, int]] = {}
-        self._watched: dict[int, nn.Parameter] = {}
-        self._splits = world.pipeline.schedule == "zero_bubble"
+        self._watched: set[int] = set()
+        # Some gradients are written beside autograd, which calls no hook then (ops.leave_for_later, ops.cast).
+        self._hookless: list[nn.Parameter] = []
         self._hooks: list[Any] = []
         for p in world.parameters().values():
             self._see(local(p), "parameters")
@@ -137,14 +139,14 @@ class Footprint(TorchDispatchMode):
         }
 
     def __enter__(self) -> Footprint:
-        self._resize = _watch_resizing(self._resized)
+        self._resize_before = _watch_resizing(self._resized)
         for module in (m for stage in self.world.pipeline.stages for m in stage.modules()):
             self._hooks.append(module.register_forward_pre_hook(self._watch_gradients))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize_before
         for hook in self._hooks:
             hook.remove()
 
@@ -159,62 +161,58 @@ class Footprint(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented
         kwargs = kwargs or {}
-        for p in self._left_alone:
-            self._accumulated(p)
         out = func(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        category = self._category(func, args, given)
-        for tensor in given:  # one may come from where no operation is seen
-            self._see(tensor, "activations")
-        written = _written(func, args, kwargs) if category != "activations" else []
-        for tensor in tree_leaves((out, written)):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, category)
+        operation = _operation(func)
+        if operation.makes_nothing:
+            return out
+        for p in self._hookless:
+            self._accumulated(p)
+        category: Category = "activations"
+        kinds = set()
+        for tensor in _tensors((args, kwargs)):
+            self._see(tensor, "activations")  # one may come from where no operation is seen
+            kinds.add(self._held[_key(tensor)][1])
+        if "gradients" in kinds:  # what is made of one is one
+            category = "gradients"
+        elif kinds & {"parameters", "gathered"} and operation.copies and self._is_of_parameters(func, args):
+            category = "gathered"
+        if category != "activations":
+            for place, name in operation.written:
+                for tensor in _tensors(args[place] if place < len(args) else kwargs.get(name)):
+                    self._see(tensor, category)
+        for tensor in _tensors(out):
+            self._see(tensor, category)
         return out
 
-    def _category(self, func: Any, args: Any, given: Iterable[Tensor]) -> Category:
-        """Return what an operation's results are if they are new: gradients beget gradients, copies are gathered."""
-        kinds = {held[1] for t in given if (held := self._held.get(_key(t))) is not None}
-        if "gradients" in kinds:
-            return "gradients"
-        if func._schema.name in _COPIES and kinds & {"parameters", "gathered"}:
-            return "gathered"
-        is_gather = func is torch.ops.c10d._allgather_base_.default
-        if is_gather and dist.ProcessGroup.unbox(args[2]).group_name in self._sharding and "gathered" in kinds:
-            return "gathered"
-        return "activations"
+    def _is_of_parameters(self, func: Any, args: Any) -> bool:
+        return func.namespace != "c10d" or dist.ProcessGroup.unbox(args[2]).group_name in self._sharding
 
     def _see(self, tensor: Tensor, category: Category) -> None:
+        """Take note of a tensor's memory if it is new; what was an activation so far may turn out to be more."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         held = self._held.get(key)
-        if held is not None and held[1] in ("activations", category):
-            if held[1] != category:
-                self._change(held[1], -held[2])
-                self._held[key] = (held[0], category, held[2])
-                self._change(category, held[2])
-            return
-        if held is not None:
-            return
-        size = storage.nbytes()
-        self._held[key] = (weakref.ref(storage, lambda _: self._gone(key)), category, size)
-        self._change(category, size)
+        if held is None:
+            size = storage.nbytes()
+            self._held[key] = (weakref.ref(storage, lambda _: self._gone(key)), category, size)
+            self._change(category, size)
+        elif held[1] == "activations" != category:
+            self._held[key] = (held[0], category, held[2])
+            self._change("activations", -held[2])
+            self._change(category, held[2])
 
     def _gone(self, key: int) -> None:
         _, category, size = self._held.pop(key)
         self._change(category, -size)
 
     def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        held = self._held.get(storage._cdata)
-        if held is None:
-            self._held[storage._cdata] = held = (
-                weakref.ref(storage, lambda _, key=storage._cdata: self._gone(key)),
-                "gathered",
-                0,
-            )
         # Nothing but what FSDP gathers is ever resized.
-        self._change(held[1], -held[2])
-        self._held[storage._cdata] = (held[0], "gathered", size)
+        key = storage._cdata
+        before = self._held.get(key)
+        if before is not None:
+            self._change(before[1], -before[2])
+        reference = before[0] if before is not None else weakref.ref(storage, lambda _: self._gone(key))
+        self._held[key] = (reference, "gathered", size)
         self._change("gathered", size)
 
     def _change(self, category: Category, num_bytes: int) -> None:
@@ -230,26 +228,48 @@ class Footprint(TorchDispatchMode):
         # The parameters that a module computes with are there only now, where they are gathered first.
         for p in module.parameters(recurse=False):
             if id(p) not in self._watched and p.requires_grad and not isinstance(p, DTensor):
-                self._watched[id(p)] = p
+                self._watched.add(id(p))
+                if p.dim() > 1:
+                    self._hookless.append(p)
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._accumulated))
-
-    @property
-    def _left_alone(self) -> Iterable[nn.Parameter]:
-        # Gradients that are left for later are written beside autograd, which calls no hook then.
-        return self._watched.values() if self._splits else ()
 
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None:
             self._see(p.grad, "gradients")
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return the arguments that an operation writes into."""
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(args[place] if place < len(args) else kwargs.get(argument.name))
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """What an operation of torch does to memory: whether it makes or writes anything, and what it copies."""
+
+    makes_nothing: bool
+    copies: bool
+    written: tuple[tuple[int, str], ...]
+
+
+@functools.cache
+def _operation(func: Any) -> _Operation:
+    arguments, returns = func._schema.arguments, func._schema.returns
+    is_view = any(r.alias_info is not None for r in returns) and not any(
+        a.alias_info is not None and a.alias_info.is_write for a in arguments
+    )
+    return _Operation(
+        makes_nothing=func.namespace == "prim" or is_view,
+        copies=func._schema.name in _COPIES,
+        written=tuple(
+            (place, a.name) for place, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+        ),
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _key(tensor: Tensor) -> int:
@@ -265,5 +285,5 @@ def _watch_resizing(resized: Callable[[torch.UntypedStorage, int], None]) -> Any
         resized(storage, int(size))
         return out
 
-    torch.UntypedStorage.resize_ = resize
+    torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue]
     return before

@@ -55,21 +55,25 @@ def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: 
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def set_reducing(stage: nn.Module, is_reducing: bool) -> None:
-    """Say whether the coming backward passes reduce gradients, or add them up until one does."""
+def set_reducing(stage: nn.Module, is_reducing: bool, is_last: bool, reshard: bool) -> None:
+    """Say whether the coming backward passes reduce gradients, or add them up until one does.
+
+    Without `reshard` what was gathered stays until the last of a step's passes: the next micro-batch needs it at once.
+    """
     if isinstance(stage, FSDPModule):
+        stage.set_reshard_after_backward(reshard or is_last)
         stage.set_requires_gradient_sync(is_reducing)
         stage.set_is_last_backward(is_reducing)
 
 
-def collect(stage: nn.Module, reduce: bool) -> None:
+def collect(stage: nn.Module, reduce: bool, is_last: bool) -> None:
     """Take over gradients that were written beside autograd (weights' that came later), and reduce them or not.
 
     FSDP2 does this when a backward pass ends and has no public name for it; so does torch's own pipeline.
     """
     if not isinstance(stage, FSDPModule):
         return
-    set_reducing(stage, reduce)
+    set_reducing(stage, reduce, is_last, reshard=False)
     state = fully_shard.state(stage)  # pyright: ignore[reportFunctionMemberAccess]
     for each in state._state_ctx.all_states:
         for group in each._fsdp_param_groups:

@@ -108,7 +108,7 @@ class _Step:
         self._leaving: list[tuple[dist.Work, Tensor]] = []
         self._left = {stage.index: len(batches) for stage in pipeline.stages}
         for stage in pipeline.stages:
-            fsdp.set_reducing(stage, pipeline.reduce_each or len(batches) == 1)
+            self._set_reducing(stage, len(batches) == 1)
 
     def do(self, action: Action) -> None:
         stage = self.pipeline.stages[action.chunk]
@@ -166,7 +166,7 @@ class _Step:
         x, out = self._kept.pop((stage.index, micro))
         self._left[stage.index] -= 1
         if not self._left[stage.index] and not self.splits:
-            fsdp.set_reducing(stage, True)
+            self._set_reducing(stage, True)
         with self._split() as later:
             torch.autograd.backward(out, grad)
         if later is not None:
@@ -178,7 +178,10 @@ class _Step:
     def _weights(self, stage: Stage, micro: int) -> None:
         ops.run_later(self._later.pop((stage.index, micro)))
         is_last = not any(index == stage.index for index, _ in self._later) and not self._left[stage.index]
-        fsdp.collect(stage, reduce=is_last or self.pipeline.reduce_each)
+        fsdp.collect(stage, is_last or self.pipeline.reduce_each, is_last)
+
+    def _set_reducing(self, stage: Stage, is_last: bool) -> None:
+        fsdp.set_reducing(stage, is_last or self.pipeline.reduce_each, is_last, reshard=self.mesh.degrees.pp == 1)
 
     @contextlib.contextmanager
     def _split(self) -> Iterator[ops.Later | None]:
