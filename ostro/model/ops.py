@@ -42,8 +42,27 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     key = (id(weight), dtype, torch.is_grad_enabled())
     if key not in _casts[-1]:
-        _casts[-1][key] = (weight, weight.to(dtype))  # a held parameter's id is nobody else's
+        _casts[-1][key] = (weight, _copy(weight, dtype))  # a held parameter's id is nobody else's
     return _casts[-1][key][1]
+
+
+def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy that is a leaf of its own, and hands each gradient on to the weight as soon as it is whole.
+
+    A cast that autograd knows would be older than all later micro-batches' operations, and autograd goes backwards by
+    age: their gradients, a whole model's, would wait for the end of each backward pass.
+    """
+    copy = weight.detach().to(dtype)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return copy
+
+    def hand_on(copy: Tensor) -> None:
+        assert copy.grad is not None
+        grad, copy.grad = copy.grad.to(weight.dtype), None
+        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+
+    copy.requires_grad_().register_post_accumulate_grad_hook(hand_on)
+    return copy
 
 
 Later = list[Callable[[], None]]
