@@ -36,6 +36,7 @@ _COLLECTIVES = {
 
 # What copies parameters on their way into a product: a cast, and FSDP's ways into and out of its message.
 _COPIES = {
+    "aten::_foreach_copy_",
     "aten::_to_copy",
     "aten::cat",
     "aten::split_with_sizes_copy",
