@@ -151,6 +151,21 @@ def train(
     _say_trained(outcome)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count one step of the real model.")] = False,
+    rank: Annotated[list[int] | None, typer.Option(help="Of this rank; first and last stage unless given.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Say what a recipe needs a device, with no device there: RECIPE, then any number of overrides (a.b=c)."""
+    from ostro.config import load_config
+    from ostro.plan import plan as run_plan
+
+    run_plan(load_config(recipe, list(context.args)), rank, is_dry_run=dry_run, json_file=json_file)
+
+
 def _say_trained(outcome: Any) -> None:
     from ostro import device
 

@@ -6,10 +6,14 @@ holds and sends is counted as in a real run (`parallel.counting`); the tests hol
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import json
+import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +23,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public name for these two
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ostro import log
 from ostro.batch import Batch, batch_of
 from ostro.config import Config
 from ostro.data.loader import Row
 from ostro.errors import LayoutError
+from ostro.machine import usable_cores
 from ostro.model import ops, routing
 from ostro.optim import build_optimizer
+from ostro.parallel import memory
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.counting import CATEGORIES, Category, Footprint, Sent, Traffic
 from ostro.parallel.mesh import Mesh, open_mesh
@@ -169,6 +176,32 @@ def _fake_ranks(rank: int, num_ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def plan(config: Config, ranks: Sequence[int] | None, *, is_dry_run: bool, json_file: Path | None) -> None:
+    """Print what a device needs, by arithmetic and, if it is asked for, by a dry run; write it as JSON as well."""
+    import rich
+
+    found, num_ranks = memory.estimate(config), config.parallel.degrees().num_ranks
+    log.say(f"{num_ranks} devices, {found}")
+    told: dict[str, Any] = {"devices": num_ranks, "estimate": dataclasses.asdict(found)}
+    if is_dry_run:
+        runs = dry_runs(config, ranks or end_ranks(config))
+        for table in tables(runs):
+            rich.print(table)
+        log.say(ASSUMED)
+        told |= as_json(runs)
+    if json_file is not None:
+        log.write_text(json_file, json.dumps(told, indent=1) + "\n")
+
+
+def dry_runs(config: Config, ranks: Sequence[int]) -> list[DryRun]:
+    """Take several ranks through a step, in as many processes."""
+    if len(ranks) == 1:
+        return [dry_run(config, ranks[0])]
+    processes = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(len(ranks), usable_cores()), processes) as pool:
+        return list(pool.map(dry_run, [config] * len(ranks), ranks))
 
 
 def tables(runs: Sequence[DryRun]) -> list[Any]:

@@ -33,6 +33,7 @@ from ostro.machine import keep_freed_memory
 from ostro.model import kernels, layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
+from ostro.parallel import memory
 from ostro.parallel.apply import World, load_world, parallelize
 from ostro.parallel.mesh import open_mesh
 from ostro.serve.engine import tokenizer_beside
@@ -184,12 +185,29 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
     reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
     if reason is not None:
         raise ConfigError(reason)
-    # fp32 weights, gradients and two moments; activations come on top.
-    needed, there = 16 * layout.num_parameters(config.model), devices.memory_bytes(device)
-    if needed > there:
+    _check_memory(config, device)
+
+
+def _check_memory(config: Config, device: torch.device) -> None:
+    """Say what a device will need, and refuse what cannot fit; on a CPU all processes share the machine's memory."""
+    dtype = "fp32" if compute_dtype(config, device) == torch.float32 else "bf16"
+    known = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+    num_ranks, there = config.parallel.degrees().num_ranks, devices.memory_bytes(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if device.type == "cpu" else 1
+
+    def needed(changed: Config) -> float:
+        more = changed.parallel.degrees().num_ranks / num_ranks if device.type == "cpu" else 1
+        return memory.estimate(changed).total * sharing * more
+
+    found = memory.estimate(known)
+    log.say(
+        f"needs {found}; {devices.name(device)}: {there / 1e9:,.1f} GB" + f" for {sharing} processes" * (sharing > 1)
+    )
+    if needed(known) * (1 - memory.UNCERTAIN) > there:
+        helpful = memory.changes(known, lambda changed: needed(changed) <= there)
         raise OutOfMemory(
-            f"training this model takes at least {needed / 1e9:,.0f} GB and {devices.name(device)} has "
-            f"{there / 1e9:,.0f} GB: choose a smaller model, for instance model.num_hidden_layers=2."
+            f"this run needs {found}, for {sharing} of which {devices.name(device)} has {there / 1e9:,.1f} GB: "
+            + (f"any one of these would fit: {'; '.join(helpful)}." if helpful else "choose a smaller model.")
         )
 
 

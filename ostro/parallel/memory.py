@@ -6,7 +6,7 @@ The terms are those of a dry run (`plan`), which the tests hold this against: wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -15,6 +15,9 @@ from ostro.degrees import stage_layers
 from ostro.errors import Error
 from ostro.model import layout
 from ostro.parallel.schedule import SCHEDULES
+
+# By so much an estimate may be too high or too low.
+UNCERTAIN = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 1e9:,.2f}" for name, value in dataclasses.asdict(self).items())
-        return f"about {self.total / 1e9:,.2f} GB a device: {parts}"
+        return f"about {self.total / 1e9:,.2f} GB a device ({parts})"
 
 
 def estimate(config: Config) -> Estimate:
@@ -116,7 +119,7 @@ class _Sizes:
         if before_last:
             return waiting + 4 * (self.held if not self.accumulates else self.whole) * (self.num_micro > 1)
         # Reduced one after another, while as much that waited is freed.
-        return max(waiting, 4 * shards) + 4 * self.whole + (4 + self.dtype_bytes) * self.group
+        return max(waiting, 4 * shards) + 4 * self.whole + (0 if self.accumulates else 6 * self.group)
 
     def gathered(self) -> int:
         """Gathered parameters, and casts of whole ones."""
@@ -124,7 +127,7 @@ class _Sizes:
         if self.degrees.pp > 1:
             in_use = self.sharded + self.group
         else:
-            in_use = self.root + 3 * together * self.group if self.sharded else 0
+            in_use = self.root + 2 * together * self.group if self.sharded else 0
         cast = self.whole if self.num_micro > 1 or self.config.train.recompute == "none" else self.layer_experts
         return self.dtype_bytes * in_use + (self.dtype_bytes * cast if self.dtype_bytes < 4 else 0)
 
@@ -190,8 +193,8 @@ class _Sizes:
         return most
 
 
-def changes(config: Config, fits: Any) -> list[str]:
-    """Return three changes, each of which by itself makes a config fit by `fits(changed config)`; fewer if none does."""
+def changes(config: Config, fits: Callable[[Config], bool]) -> list[str]:
+    """Return three changes, each of which alone makes a config fit, as `fits` says of the changed one; or fewer."""
     found: list[str] = []
     for candidates in _candidates(config):
         text = next((text for text, changed in candidates if _is_fine(changed, fits)), None)
@@ -202,7 +205,7 @@ def changes(config: Config, fits: Any) -> list[str]:
     return found
 
 
-def _is_fine(config: Config, fits: Any) -> bool:
+def _is_fine(config: Config, fits: Callable[[Config], bool]) -> bool:
     try:
         return fits(config)
     except Error:  # a layout that divides nothing
