@@ -60,10 +60,10 @@ def set_reducing(stage: nn.Module, is_reducing: bool, is_last: bool, reshard: bo
 
     Without `reshard` what was gathered stays until the last of a step's passes: the next micro-batch needs it at once.
     """
-    if isinstance(stage, FSDPModule):
-        stage.set_reshard_after_backward(reshard or is_last)
-        stage.set_requires_gradient_sync(is_reducing)
-        stage.set_is_last_backward(is_reducing)
+    for root in _roots(stage):
+        root.set_reshard_after_backward(reshard or is_last)
+        root.set_requires_gradient_sync(is_reducing)
+        root.set_is_last_backward(is_reducing)
 
 
 def collect(stage: nn.Module, reduce: bool, is_last: bool) -> None:
@@ -71,15 +71,19 @@ def collect(stage: nn.Module, reduce: bool, is_last: bool) -> None:
 
     FSDP2 does this when a backward pass ends and has no public name for it; so does torch's own pipeline.
     """
-    if not isinstance(stage, FSDPModule):
-        return
     set_reducing(stage, reduce, is_last, reshard=False)
-    state = fully_shard.state(stage)  # pyright: ignore[reportFunctionMemberAccess]
-    for each in state._state_ctx.all_states:
-        for group in each._fsdp_param_groups:
-            group.post_backward()
-    if reduce:
-        state._root_post_backward_final_callback()
+    for root in _roots(stage):
+        state = fully_shard.state(root)  # pyright: ignore[reportFunctionMemberAccess]
+        for each in state._state_ctx.all_states:
+            for group in each._fsdp_param_groups:
+                group.post_backward()
+        if reduce:
+            state._root_post_backward_final_callback()
+
+
+def _roots(stage: nn.Module) -> list[FSDPModule]:
+    """Return what FSDP takes for whole models: the stage or, where its ranks share experts alone, each layer's."""
+    return [stage] if isinstance(stage, FSDPModule) else list(_sharded(stage))
 
 
 def _sharded(stage: nn.Module) -> Iterator[FSDPModule]:
