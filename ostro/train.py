@@ -200,13 +200,12 @@ def _check_memory(config: Config, device: torch.device) -> None:
         return memory.estimate(changed).total * sharing * more
 
     found = memory.estimate(known)
-    log.say(
-        f"needs {found}; {devices.name(device)}: {there / 1e9:,.1f} GB" + f" for {sharing} processes" * (sharing > 1)
-    )
+    here = f"{devices.name(device)}, {there / 1e9:,.1f} GB" + f" for {sharing} processes" * (sharing > 1)
+    log.say(f"needs {found}; there are {here}")
     if needed(known) * (1 - memory.UNCERTAIN) > there:
         helpful = memory.changes(known, lambda changed: needed(changed) <= there)
         raise OutOfMemory(
-            f"this run needs {found}, for {sharing} of which {devices.name(device)} has {there / 1e9:,.1f} GB: "
+            f"this run needs {found} and there are {here}: "
             + (f"any one of these would fit: {'; '.join(helpful)}." if helpful else "choose a smaller model.")
         )
 

@@ -233,7 +233,7 @@ def test_a_profile_is_a_trace_and_a_table(data: Path, tmp_path: Path) -> None:
         (
             "model=mixtral-8x7b",
             OutOfMemory,
-            r"needs about [\d,.]+ GB a device .*any one of these would fit: (.*; ){2}model",
+            r"needs about [\d,.]+ GB a device .*would fit: (.*; ){2}model",
         ),
         ("checkpoint.resume=must", ConfigError, r"holds no whole checkpoint to resume from"),
         ("profile.steps=20..22", ConfigError, r"profile.steps=20..22 begins outside steps 1..12 of this run"),

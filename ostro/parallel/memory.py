@@ -195,14 +195,21 @@ class _Sizes:
 
 def changes(config: Config, fits: Callable[[Config], bool]) -> list[str]:
     """Return three changes, each of which alone makes a config fit, as `fits` says of the changed one; or fewer."""
-    found: list[str] = []
-    for candidates in _candidates(config):
-        text = next((text for text, changed in candidates if _is_fine(changed, fits)), None)
-        if text is not None:
-            found.append(text)
-        if len(found) == 3:
-            break
-    return found
+    found = _fitting(config, fits)
+    if len(found) < 3:  # then two together
+        for candidates in reversed(list(_candidates(config))):
+            text, changed = candidates[-1]
+            found += [f"{text} {second}" for second in _fitting(changed, fits)[:1]]
+    return found[:3]
+
+
+def _fitting(config: Config, fits: Callable[[Config], bool]) -> list[str]:
+    """Return of each kind of change the smallest that fits."""
+    firsts = (
+        next((text for text, changed in candidates if _is_fine(changed, fits)), None)
+        for candidates in _candidates(config)
+    )
+    return [text for text in firsts if text is not None]
 
 
 def _is_fine(config: Config, fits: Callable[[Config], bool]) -> bool:
@@ -228,15 +235,22 @@ def _candidates(config: Config) -> Iterator[list[tuple[str, Config]]]:
     for name in ("fsdp", "pp"):
         degree = getattr(parallel, name)
         num_ranks = parallel.degrees().num_ranks // degree
-        yield [
-            changed("parallel", name, n, f" (on {num_ranks * n} devices)")
+        degrees = [
+            n
             for n in (degree * 2**i for i in range(1, 12))
             if name == "pp" or train.global_batch_sequences % (n * parallel.dp) == 0
         ]
-    yield [changed("data", "seq_length", n) for n in _halves(data.seq_length) if n >= 256]
-    yield [changed("model", "num_hidden_layers", n) for n in range(model.num_hidden_layers - 1, 0, -1)]
-    yield [changed("model", "num_local_experts", n) for n in _halves(model.num_local_experts) if n >= 2]
-    yield [changed("model", "intermediate_size", n) for n in _halves(model.intermediate_size) if n >= 64]
+        yield from _some([changed("parallel", name, n, f" (on {num_ranks * n} devices)") for n in degrees])
+    yield from _some([changed("data", "seq_length", n) for n in _halves(data.seq_length) if n >= 256])
+    yield from _some([changed("model", "num_hidden_layers", n) for n in range(model.num_hidden_layers - 1, 0, -1)])
+    fewer = [n for n in _halves(model.num_local_experts) if n >= model.num_experts_per_tok]
+    yield from _some([changed("model", "num_local_experts", n) for n in fewer])
+    yield from _some([changed("model", "intermediate_size", n) for n in _halves(model.intermediate_size) if n >= 64])
+
+
+def _some(candidates: list[tuple[str, Config]]) -> Iterator[list[tuple[str, Config]]]:
+    if candidates:
+        yield candidates
 
 
 def _halves(value: int) -> list[int]:
