@@ -203,11 +203,8 @@ def _check_memory(config: Config, device: torch.device) -> None:
     here = f"{devices.name(device)}, {there / 1e9:,.1f} GB" + f" for {sharing} processes" * (sharing > 1)
     log.say(f"needs {found}; there are {here}")
     if needed(known) * (1 - memory.UNCERTAIN) > there:
-        helpful = memory.changes(known, lambda changed: needed(changed) <= there)
-        raise OutOfMemory(
-            f"this run needs {found} and there are {here}: "
-            + (f"any one of these would fit: {'; '.join(helpful)}." if helpful else "choose a smaller model.")
-        )
+        helpful = "; ".join(memory.changes(known, lambda changed: needed(changed) <= there)) or "a smaller model"
+        raise OutOfMemory(f"this run needs {found} and there are {here}: any one of these would fit: {helpful}.")
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
