@@ -10,12 +10,11 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from ostro.config import Config
     from ostro.serve.engine import Completion, Engine
     from ostro.serve.sampling import Sampling
 
@@ -173,41 +172,26 @@ def train(
         )
         debug = ["--debug"] if "--debug" in sys.argv else []
         raise typer.Exit(launch_ostro([*debug, "train", recipe, *overrides], options, in_background=detach))
-    _train_here(config)
+    from ostro.training import train_here
+
+    stopped = train_here(config, typer.echo)
+    if stopped is not None:
+        raise typer.Exit(128 + stopped)
 
 
-def _train_here(config: Config) -> None:
-    from ostro import device
-    from ostro.parallel import process
-    from ostro.train import train as run_train
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe or a YAML file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count one step of the real model.")] = False,
+    rank: Annotated[list[int] | None, typer.Option(help="Of this rank; first and last stage unless given.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Say what a recipe needs a device, with no device there: RECIPE, then any number of overrides (a.b=c)."""
+    from ostro.config import load_config
+    from ostro.plan import plan as run_plan
 
-    me = process.join(device.accelerator())
-    try:
-        with process.explained(me):
-            outcome = run_train(config)
-    finally:
-        process.leave()
-    if outcome.signal is not None:
-        if me.rank == 0:
-            typer.echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
-        raise typer.Exit(128 + outcome.signal)
-    if me.rank == 0:
-        _say_trained(outcome)
-
-
-def _say_trained(outcome: Any) -> None:
-    from ostro import device
-
-    peak = device.peak_memory_bytes(device.accelerator())
-    last = outcome.last
-    if last:
-        typer.echo(
-            f"step {outcome.step}: loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s, "
-            f"{last['mfu']:.0%} of the machine's rate, {peak / 1e9:.1f} GB at most"
-        )
-    typer.echo(f'next: ostro evaluate {outcome.run_dir} DATA   ostro generate {outcome.run_dir} "PROMPT"')
-    if outcome.is_exportable:
-        typer.echo(f"      ostro convert {outcome.run_dir} DIR --to hf")
+    run_plan(load_config(recipe, list(context.args)), rank, is_dry_run=dry_run, json_file=json_file)
 
 
 @app.command()

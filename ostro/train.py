@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ostro import device as devices
 from ostro import log, resume
-from ostro.batch import batch_of, why_none
+from ostro.batch import Batch, batch_of, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
@@ -30,6 +31,7 @@ from ostro.machine import keep_freed_memory
 from ostro.model import kernels, layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
+from ostro.parallel import memory
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.mesh import first_of_host, host_group, open_mesh
 from ostro.serve.engine import tokenizer_beside
@@ -208,18 +210,32 @@ def _check(config: Config, run_dir: Path, device: torch.device) -> None:
     reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
     if reason is not None:
         raise ConfigError(reason)
-    # fp32 weights, gradients and two moments; activations come on top.
-    num_parameters, there = layout.num_parameters(config.model), devices.memory_bytes(device)
-    if 16 * num_parameters > there:
+    _check_memory(config, device)
+
+
+def _check_memory(config: Config, device: torch.device) -> None:
+    """Say what a device will need, and refuse what cannot fit; on a CPU all processes share the machine's memory."""
+    dtype = "fp32" if compute_dtype(config, device) == torch.float32 else "bf16"
+    known = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+    num_ranks, there = config.parallel.degrees().num_ranks, devices.memory_bytes(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if device.type == "cpu" else 1
+
+    def needed(changed: Config) -> float:
+        more = changed.parallel.degrees().num_ranks / num_ranks if device.type == "cpu" else 1
+        return memory.estimate(changed).total * sharing * more
+
+    found = memory.estimate(known)
+    here = f"{devices.name(device)}, {there / 1e9:,.1f} GB" + f" for {sharing} processes" * (sharing > 1)
+    copies = 3 * found.parameters * sharing if config.checkpoint.asynchronous and device.type == "cpu" else 0
+    log.say(f"needs {found}; there are {here}" + (f"; a checkpoint's copy {copies / 1e9:,.2f} GB" if copies else ""))
+    if copies and needed(known) <= there < needed(known) + copies:
         raise OutOfMemory(
-            f"training this model takes at least {16 * num_parameters / 1e9:,.0f} GB and {devices.name(device)} has "
-            f"{there / 1e9:,.0f} GB: choose a smaller model, for instance model.num_hidden_layers=2."
+            f"this run needs {found}, beside it {copies / 1e9:,.2f} GB for the copy that is being saved, and there are "
+            f"{here}: set checkpoint.async=false."
         )
-    if config.checkpoint.asynchronous and device.type == "cpu" and 28 * num_parameters > there:
-        raise OutOfMemory(
-            f"training this model beside a copy that is being saved takes at least {28 * num_parameters / 1e9:,.0f} GB "
-            f"and {devices.name(device)} has {there / 1e9:,.0f} GB: set checkpoint.async=false."
-        )
+    if needed(known) * (1 - memory.UNCERTAIN) > there:
+        helpful = "; ".join(memory.changes(known, lambda changed: needed(changed) <= there)) or "a smaller model"
+        raise OutOfMemory(f"this run needs {found} and there are {here}: any one of these would fit: {helpful}.")
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -272,9 +288,8 @@ def train_step(run: Run) -> StepStats:
     counted = rows if world.counts_data else []
     flops = layout.training_flops(config.model, [n for row in counted for n in row.document_lengths])
     totals = [sum(float(row.weights_L.sum()) for row in counted), sum(len(row.tokens_L) for row in counted), flops]
-    num_labels, num_tokens, flops = world.sum_over_ranks(
-        torch.tensor(totals, dtype=torch.float64, device=device)
-    ).tolist()
+    totals_3 = torch.tensor(totals, dtype=torch.float64, device=device)
+    num_labels, num_tokens, flops = world.sum_over_ranks(totals_3).tolist()
     if num_labels == 0:
         raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {why_none(rows)}.")
     num_stats = routing.num_stats(config.model.num_local_experts)
@@ -290,25 +305,39 @@ def train_step(run: Run) -> StepStats:
         )
         for first in range(0, len(rows), train.micro_batch_sequences)
     ]
-    part = world.forward_backward(batches, 1.0 / num_labels)
-    sums = torch.stack([part.double(), world.squared_grad_norm()])
-    for each in (sums, stats_LS):
-        world.sum_over_ranks(each)
+    sums = add_gradients(world, batches, 1.0 / num_labels, stats_LS)
     loss, grad_norm = sums[0].item(), math.sqrt(sums[1].item())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise TrainError(
             f"step {run.step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; nothing was updated. "
             "Lower optim.learning_rate, or look at this step's data."
         )
-    world.scale_gradients(clip_factor(grad_norm, config.optim.max_grad_norm))
     rate = learning_rate(config.optim, run.step, run.total_steps)
     set_learning_rate(run.optimizer, rate)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    update(world, run.optimizer, clip_factor(grad_norm, config.optim.max_grad_norm))
     world.update_biases(stats_LS, config.moe.bias_update_rate)
     run.step += 1
     run.num_tokens += int(num_tokens)
     return StepStats(loss, grad_norm, rate, int(num_tokens), flops, stats_LS)
+
+
+def add_gradients(world: World, batches: Sequence[Batch], scale: float, stats_LS: Tensor) -> Tensor:
+    """Add up a step's gradients; return the loss and the gradient's squared norm of all ranks [2], fp64.
+
+    Statistics, which the batches add to, are summed over the ranks as well. Nothing is waited for.
+    """
+    part = world.forward_backward(batches, scale)
+    sums = torch.stack([part.double(), world.squared_grad_norm()])
+    for each in (sums, stats_LS):
+        world.sum_over_ranks(each)
+    return sums
+
+
+def update(world: World, optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Update the parameters by their gradients times `factor`, and drop the gradients."""
+    world.scale_gradients(factor)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _draws_from(run: Run, first: int, num_rows: int) -> list[int]:

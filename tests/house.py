@@ -21,7 +21,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("doctor", "plan", "conversion", "preparation"),
+    ("doctor", "plan", "conversion", "preparation", "training"),
     ("train",),
     ("evaluate", "report", "verify", "inspection", "resume"),
     ("serve",),

@@ -21,7 +21,7 @@ from ostro.model import kernels, ops
 from ostro.model.balance import SumCounts, alone, batch_balance, sequence_balance, z_loss
 from ostro.model.capacity import within_capacity
 from ostro.model.kernels.grouped import run_ordered
-from ostro.model.kernels.order import order_by_expert
+from ostro.model.kernels.order import balanced_ends, order_by_expert
 from ostro.model.routing import ROUTERS, Routing, count, jitter
 from ostro.model.settings import ROUTERS_WITH_BIAS, Kernels, ModelConfig, MoeConfig
 from ostro.model.spans import Spans
@@ -55,7 +55,8 @@ def dispatch(
         return dispatch_grouped(x_TD, routing, w13, w2, kernels_named, use_fp8)
     order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
     x_ND = x_TD[order.order_N // order.num_choices]
-    y_ND = run_experts(x_ND, order.ends_E.tolist(), w13, w2)
+    ends = order.ends_E.tolist() if ops.has_values() else balanced_ends(len(x_ND), len(w2))
+    y_ND = run_experts(x_ND, ends, w13, w2)
     y_TAD = y_ND[order.place_TA]
     return (y_TAD * routing.weights_TA[..., None].to(x_TD.dtype)).sum(dim=1)
 

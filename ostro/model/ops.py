@@ -42,8 +42,27 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     key = (id(weight), dtype, torch.is_grad_enabled())
     if key not in _casts[-1]:
-        _casts[-1][key] = (weight, weight.to(dtype))  # a held parameter's id is nobody else's
+        _casts[-1][key] = (weight, _copy(weight, dtype))  # a held parameter's id is nobody else's
     return _casts[-1][key][1]
+
+
+def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy that is a leaf of its own, and hands each gradient on to the weight as soon as it is whole.
+
+    A cast that autograd knows would be older than all later micro-batches' operations, and autograd goes backwards by
+    age: their gradients, a whole model's, would wait for the end of each backward pass.
+    """
+    copy = weight.detach().to(dtype)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return copy
+
+    def hand_on(copy: Tensor) -> None:
+        assert copy.grad is not None
+        grad, copy.grad = copy.grad.to(weight.dtype), None
+        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+
+    copy.requires_grad_().register_post_accumulate_grad_hook(hand_on)
+    return copy
 
 
 Later = list[Callable[[], None]]
@@ -137,10 +156,36 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+@contextlib.contextmanager
+def without_values(as_accelerator: bool) -> Iterator[None]:
+    """Within it tensors have shapes and no values (a dry run): what depends on them is taken to be as it mostly is.
+
+    Routing is balanced, no probability is rare. `as_accelerator` computes in the steps an accelerator takes: products
+    of 16 bits as they are, and the loss in its larger chunks.
+    """
+    _assumed.append(as_accelerator)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+_assumed: list[bool] = []
+
+
+def has_values() -> bool:
+    """Whether tensors can be asked for what is in them: `without_values` is not in force."""
+    return not _assumed
+
+
+def _computes_as_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not any(_assumed)
+
+
 def _products_in_fp32(x: Tensor) -> bool:
     # A CPU without 16-bit units multiplies bf16 matrices hundreds of times slower than fp32 ones. The product of the
     # rounded operands, accumulated in fp32 and rounded once, is what a 16-bit unit would give.
-    return x.dtype != torch.float32 and x.device.type == "cpu" and x.dtype.itemsize < 4 and not device.bf16_is_fast()
+    return x.dtype != torch.float32 and x.dtype.itemsize < 4 and _computes_as_cpu(x) and not device.bf16_is_fast()
 
 
 def embedding(tokens_T: Tensor, table_VD: Tensor) -> Tensor:
@@ -254,7 +299,7 @@ def linear_cross_entropy(
     """
     # Measured on two cores at D 256 and 1024: in tiles of 1,024 tokens and 2,048 words the three products run at 0.95
     # of a large square one's rate, over all 32,000 words at 0.65 to 0.9. GPUs want them whole.
-    is_cpu = x_TD.device.type == "cpu"
+    is_cpu = _computes_as_cpu(x_TD)
     chunk_tokens = chunk_tokens or (1024 if is_cpu else 2048)
     tile_vocab = tile_vocab or (2048 if is_cpu else len(head_VD))
     needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or head_VD.requires_grad)
@@ -367,7 +412,7 @@ def _softmax(logits_TV: Tensor, out_TV: Tensor) -> Tensor:
     torch.softmax(logits_TV, dim=-1, out=out_TV)
     normaliser_T = logits_TV[:, 0] - out_TV[:, 0].log()
     rare_T = out_TV[:, 0] < _RARE
-    if rare_T.any():
+    if has_values() and rare_T.any():
         normaliser_T[rare_T] = logits_TV[rare_T].logsumexp(dim=-1)
     return normaliser_T
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ostro.batch import Batch
 from ostro.config import Config
 from ostro.degrees import stage_layers
-from ostro.model import layout
+from ostro.model import layout, ops
 from ostro.model.balance import update_bias
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
@@ -172,6 +172,8 @@ class World:
 
 def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
     """Build this rank's part of a model, uninitialised, and apply every dimension of parallelism to it."""
+    # Of tensors without values only shapes are made anyway.
+    blank = torch.device("meta") if ops.has_values() else mesh.device
     parallel, degrees = config.parallel, mesh.degrees
     degrees.check(config.model, stages_differ=True)
     chunks = parallel.virtual_stages
@@ -179,7 +181,7 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
     stages = []
     for chunk in range(chunks):
         index = chunk * degrees.pp + mesh.pp_rank
-        with torch.device("meta"):
+        with blank:
             model = Mixtral(config.model, config.moe.settings(), dtype, config.train.exact)
         model = split(model, layers[index], index == 0, index == len(layers) - 1)
         _cut_parameters(model, mesh)
@@ -194,7 +196,7 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
         stage = Stage(model, index)
         reshard = degrees.pp == 1
         fsdp.apply(stage, model, mesh, parallel.gradient_aggregation_group, reshard)
-        stages.append(stage.to_empty(device=mesh.device))
+        stages.append(stage if blank == mesh.device else stage.to_empty(device=mesh.device))
     pipeline = Pipeline(stages, mesh, len(layers), parallel.schedule, parallel.gradient_accumulation_shard)
     return World(mesh, config.model, pipeline)
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,25 +71,38 @@ def share(batch: Batch, mesh: Mesh) -> Batch:
     )
 
 
-@functools.lru_cache(maxsize=64)
 def cut(sequence_lengths: tuple[int, ...], cp: int, cp_rank: int, device: torch.device = HOST) -> Tensor:
     """Return which tokens of a micro-batch are a rank's, in its own order; each length is a multiple of 2·cp."""
-    if device != HOST:  # once a micro-batch, not once a layer: the host waits for the copy
-        return cut(sequence_lengths, cp, cp_rank).to(device)
+    return torch.tensor(_cut(sequence_lengths, cp, cp_rank)).to(device)
+
+
+# What is kept is kept as arrays: a tensor made in a dry run has no values, and the next run would find it.
+@functools.lru_cache(maxsize=64)
+def _cut(sequence_lengths: tuple[int, ...], cp: int, cp_rank: int) -> np.ndarray:
     if cp == 1:
-        return torch.arange(sum(sequence_lengths))
+        return np.arange(sum(sequence_lengths))
     pieces = []
     for start, length in zip(itertools.accumulate((0, *sequence_lengths)), sequence_lengths, strict=False):
         each = length // (2 * cp)
         for piece in (cp_rank, 2 * cp - 1 - cp_rank):
-            pieces.append(torch.arange(start + piece * each, start + (piece + 1) * each))
-    return torch.cat(pieces)
+            pieces.append(np.arange(start + piece * each, start + (piece + 1) * each))
+    return np.concatenate(pieces)
 
 
 @functools.lru_cache(maxsize=64)
+def _whence(sequence_lengths: tuple[int, ...], cp: int) -> np.ndarray:
+    return np.argsort(np.concatenate([_cut(sequence_lengths, cp, rank) for rank in range(cp)]))
+
+
 def _back(sequence_lengths: tuple[int, ...], cp: int, device: torch.device) -> Tensor:
     """Return where in the gathered shares each token of the micro-batch lies."""
-    return torch.cat([cut(sequence_lengths, cp, rank) for rank in range(cp)]).argsort().to(device)
+    return torch.tensor(_whence(sequence_lengths, cp)) if device == HOST else _back_there(sequence_lengths, cp, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _back_there(sequence_lengths: tuple[int, ...], cp: int, device: torch.device) -> Tensor:
+    # Once a micro-batch, not once a layer: the host waits for the copy.
+    return torch.tensor(_whence(sequence_lengths, cp)).to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +120,11 @@ def segments(
     sequence_lengths: tuple[int, ...], document_lengths: tuple[int, ...], cp: int, cp_rank: int
 ) -> tuple[Segment, ...]:
     """Return a rank's tokens as runs within documents; the keys of a run end with its last token."""
-    mine = cut(sequence_lengths, cp, cp_rank)
-    ends = torch.tensor(list(itertools.accumulate(document_lengths)))
-    document = torch.searchsorted(ends, mine, right=True)
-    breaks = (mine.diff() != 1) | (document.diff() != 0)
-    starts = [0, *(breaks.nonzero().flatten() + 1).tolist()]
+    mine = _cut(sequence_lengths, cp, cp_rank)
+    ends = np.cumsum(document_lengths)
+    document = np.searchsorted(ends, mine, side="right")
+    breaks = (np.diff(mine) != 1) | (np.diff(document) != 0)
+    starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
     firsts = [0, *ends.tolist()]
     return tuple(
         Segment(start, stop, firsts[int(document[start])], int(mine[stop - 1]) + 1)

@@ -65,8 +65,10 @@ def set_reducing(stage: nn.Module, is_reducing: bool, reshards: bool) -> None:
     """Say whether coming backward passes reduce gradients or add them up, and whether they free what is gathered."""
     if isinstance(stage, FSDPModule):
         stage.set_requires_gradient_sync(is_reducing)
-        stage.set_is_last_backward(is_reducing)
         stage.set_reshard_after_backward(reshards)
+        # When a backward pass ends FSDP forgets the order of forward passes, by which it gathers ahead; told that
+        # another is to come it would gather what was last, once more. A pipeline has other passes under way.
+        stage.set_is_last_backward(reshards)
 
 
 def reshard(stage: nn.Module) -> None:

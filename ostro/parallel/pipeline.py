@@ -125,7 +125,8 @@ class _Step:
             self._backward(stage, action.micro)
         else:
             self._weights(stage, action.micro)
-        self._leaving = [(work, x) for work, x in self._leaving if not work.is_completed()]
+        # Where nobody receives, what is sent is taken to arrive at once.
+        self._leaving = [(work, x) for work, x in self._leaving if ops.has_values() and not work.is_completed()]
 
     def expect(self, action: Action) -> None:
         """Start to receive what an action needs from another rank."""

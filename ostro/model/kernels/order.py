@@ -30,6 +30,11 @@ class Order:
         return torch.arange(len(self.order_N), device=self.order_N.device) < self.ends_E[-1]
 
 
+def balanced_ends(num_rows: int, num_experts: int) -> list[int]:
+    """Return where each expert's rows end if all experts have equally many, as nearly as that can be."""
+    return [num_rows * (expert + 1) // num_experts for expert in range(num_experts)]
+
+
 def order_by_expert(experts_TA: Tensor, kept_TA: Tensor | None, num_experts: int) -> Order:
     """Sort the choices by expert, stably, so that the same routing gives the same bits; dropped ones come last."""
     if kept_TA is not None:
