@@ -38,8 +38,8 @@ from ostro.parallel.mesh import Mesh, open_mesh
 from ostro.train import add_gradients, update
 
 ASSUMED = (
-    "Assumed: routing is balanced and drops nothing, every row is one document, kernels' own workspace and what the "
-    "allocator loses between tensors are not counted."
+    "Assumed: routing is balanced and drops nothing, every row is one document, what is sent has arrived; kernels' own "
+    "workspace and what the allocator loses between tensors are not counted."
 )
 
 
