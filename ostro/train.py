@@ -31,7 +31,7 @@ from ostro.model import kernels, layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
 from ostro.parallel.apply import World, parallelize
-from ostro.parallel.mesh import first_of_host, host_group, open_mesh
+from ostro.parallel.mesh import first_of_host, host_group, num_started, open_mesh
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
 from ostro.weights.parts import Held, load_held, load_weights
@@ -197,7 +197,8 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
 
 
 def _check(config: Config, run_dir: Path, device: torch.device) -> None:
-    """Refuse what is certain to fail later: a run directory that is another's, no data to evaluate on, no memory."""
+    """Refuse what is certain to fail later: other ranks than the layout's, another's run directory, no memory."""
+    config.parallel.degrees().require_ranks(num_started())
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file: choose a folder.")
     others = [path for path in run_dir.iterdir() if path.name != "logs"] if run_dir.is_dir() else []  # the launcher's
