@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ostro import device as devices
 from ostro import log, resume
-from ostro.batch import batch_of, why_none
+from ostro.batch import batch_of, require_known, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
@@ -270,6 +270,7 @@ def train_step(run: Run) -> StepStats:
     config, world, device = run.config, run.world, run.device
     mesh, train = world.mesh, config.train
     rows = run.loader.rows(run.step, train.global_batch_sequences, mesh.data_rank, mesh.num_data_ranks)
+    require_known(rows, config.model.vocab_size, f"step {run.step + 1}")
     counted = rows if world.counts_data else []
     flops = layout.training_flops(config.model, [n for row in counted for n in row.document_lengths])
     totals = [sum(float(row.weights_L.sum()) for row in counted), sum(len(row.tokens_L) for row in counted), flops]
