@@ -4,6 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BENCH_FLAGS ?= --quick
 DEMO_FLAGS ?=
+FAULTS_FLAGS ?=
 PYTEST_FLAGS ?=
 
 BIN := .venv/bin
@@ -11,7 +12,7 @@ READY := .venv/.ready
 # Files that start with an underscore are shared by benchmarks; those that end in _gpu need one.
 BENCHMARKS := $(sort $(filter-out %_gpu.py benchmarks/_%,$(wildcard benchmarks/*.py)))
 
-.PHONY: help setup demo test check parity bench interop clean
+.PHONY: help setup demo test check parity faults bench interop clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -46,6 +47,9 @@ check: $(READY) ## ruff, its formatter, pyright
 parity: $(READY) ## every layout against one process, its table into docs/parallel.md (minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/parallel/table.py --write
 	OMP_NUM_THREADS=1 OSTRO_PARITY=1 $(BIN)/python -m pytest -q tests/parallel/test_parity.py -k compiled
+
+faults: $(READY) ## kill ranks of real trainings and compare what comes out, the log into docs/parallel.md (10 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/parallel/faults.py --write $(FAULTS_FLAGS)
 
 bench: $(READY) ## every benchmark that needs no GPU (BENCH_FLAGS= for the long runs)
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(BENCH_FLAGS) || exit 1; done

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ostro.data.loader import Row
+from ostro.errors import DataError
 from ostro.model.spans import Spans, spans_of
 
 
@@ -66,6 +67,17 @@ def batch_of(
             device=device,
         ),
     )
+
+
+def require_known(rows: Sequence[Row], vocab_size: int, where: str) -> None:
+    """Raise DataError for a token that the model does not have: on a GPU looking it up would end the process."""
+    ids = [int(bound) for row in rows if len(row.tokens_L) for bound in (row.tokens_L.min(), row.tokens_L.max())]
+    unknown = [id_ for id_ in ids if not 0 <= id_ < vocab_size]
+    if unknown:
+        raise DataError(
+            f"{where}: the data hold token id {unknown[0]} and the model has vocab_size={vocab_size}: they are not "
+            "what was prepared, so prepare them again."
+        )
 
 
 def why_none(rows: Sequence[Row]) -> str:

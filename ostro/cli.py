@@ -170,6 +170,8 @@ def train(
             timeout_seconds=timeout_seconds,
             max_restarts=max_restarts,
         )
+        options.check()
+        config.parallel.degrees().require_ranks(nproc_per_node * nnodes)  # before any of them is started
         debug = ["--debug"] if "--debug" in sys.argv else []
         raise typer.Exit(launch_ostro([*debug, "train", recipe, *overrides], options, in_background=detach))
     from ostro.training import train_here

@@ -67,6 +67,17 @@ class Degrees:
         """How many ranks share the shards of an expert."""
         return self.fsdp * self.cp * self.tp // (self.ep * self.etp)
 
+    def require_ranks(self, num_ranks: int) -> None:
+        """Raise LayoutError where the degrees do not multiply to the number of ranks that were started."""
+        if self.num_ranks != num_ranks:
+            names = ("dp", "fsdp", "cp", "tp", "pp")
+            given = "·".join(f"{name}{getattr(self, name)}" for name in names if getattr(self, name) > 1)
+            raise LayoutError(
+                f"the layout {given or 'of one rank'} is for {self.num_ranks} ranks and {num_ranks} were started: "
+                "change --nproc-per-node and --nnodes, or parallel.fsdp so that "
+                f"{'·'.join(names)} = {num_ranks}."
+            )
+
     def check(self, model: ModelConfig, *, stages_differ: bool = False) -> None:
         """Raise LayoutError for degrees that contradict each other or do not divide the model's sizes.
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ostro.batch import NO_ROW, batch_of
+from ostro.batch import NO_ROW, batch_of, require_known
 from ostro.data.loader import Loader, packing_of
 from ostro.data.packing import Packing
 from ostro.data.shards import Shards
@@ -69,8 +69,8 @@ def evaluate(
     )
     world = model if isinstance(model, World) else alone(model)
     config, device, mesh = world.model, world.mesh.device, world.mesh
-    shape = config.num_hidden_layers, routing.num_stats(config.num_local_experts)
-    stats_LS = torch.zeros(shape, dtype=torch.float64, device=device)
+    num_stats = routing.num_stats(config.num_local_experts)
+    stats_LS = torch.zeros(config.num_hidden_layers, num_stats, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = world.is_training
     world.train(False)
@@ -78,6 +78,7 @@ def evaluate(
     for block in range(0, loader.num_rows, mesh.num_data_ranks * rows_at_once):
         first = block + mesh.data_rank * rows_at_once
         rows = [loader.row(i) for i in range(first, min(first + rows_at_once, loader.num_rows))] or [NO_ROW]
+        require_known(rows, config.vocab_size, f"{shards[0].path}, rows from {first}")
         batch = batch_of(rows, device, stats_LS=stats_LS, multiple=world.multiple)
         sums[0] += world.score(batch)
         sums[1] += batch.weights_T.sum() if world.counts_data else 0

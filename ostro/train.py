@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ostro import device as devices
 from ostro import log, resume
-from ostro.batch import Batch, batch_of, why_none
+from ostro.batch import Batch, batch_of, require_known, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
@@ -33,7 +33,7 @@ from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
 from ostro.parallel import memory
 from ostro.parallel.apply import World, parallelize
-from ostro.parallel.mesh import first_of_host, host_group, open_mesh
+from ostro.parallel.mesh import first_of_host, host_group, num_started, open_mesh
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
 from ostro.weights.parts import Held, load_held, load_weights
@@ -199,7 +199,8 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
 
 
 def _check(config: Config, run_dir: Path, device: torch.device) -> None:
-    """Refuse what is certain to fail later: a run directory that is another's, no data to evaluate on, no memory."""
+    """Refuse what is certain to fail later: other ranks than the layout's, another's run directory, no memory."""
+    config.parallel.degrees().require_ranks(num_started())
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file: choose a folder.")
     others = [path for path in run_dir.iterdir() if path.name != "logs"] if run_dir.is_dir() else []  # the launcher's
@@ -285,6 +286,7 @@ def train_step(run: Run) -> StepStats:
     config, world, device = run.config, run.world, run.device
     mesh, train = world.mesh, config.train
     rows = run.loader.rows(run.step, train.global_batch_sequences, mesh.data_rank, mesh.num_data_ranks)
+    require_known(rows, config.model.vocab_size, f"step {run.step + 1}")
     counted = rows if world.counts_data else []
     flops = layout.training_flops(config.model, [n for row in counted for n in row.document_lengths])
     totals = [sum(float(row.weights_L.sum()) for row in counted), sum(len(row.tokens_L) for row in counted), flops]

@@ -293,4 +293,4 @@ def test_commands_cannot_hide_under_another_name(info: str):
 
 def test_targets_of_the_makefile():
     targets = make_targets((ROOT / "Makefile").read_text("utf-8"))
-    assert targets == {"help", "setup", "demo", "test", "check", "parity", "bench", "interop", "clean"}
+    assert targets == {"help", "setup", "demo", "test", "check", "parity", "faults", "bench", "interop", "clean"}

@@ -8,6 +8,8 @@ patience both for a save that SIGTERM asked for and for ranks that hang in a col
     0                      wait for the others
     2, 3, 4, 5             the job ends at once: settings, data, memory, checkpoints are no better the next time
     130, 143               stopped by a signal, after a save: the job ends with that code
+    the same sentence of   the job ends: a loss that is not finite comes again, to the bit
+    its own as before
     anything else          all hosts meet again and start anew, `max_restarts` times
 """
 
@@ -40,6 +42,7 @@ _PEER_SECONDS = 3.0  # for another host to say why, where here connections only 
 _STOP_SECONDS = 120.0  # for a save that a signal asked for
 _TAIL_BYTES = 65536
 _SENTENCE = b"ostro: "  # how cli.py begins an error
+_OF_OTHERS = re.compile(r"rank \d+ |a rank ")  # how sentences about a lost connection or a hang begin
 _WATCHDOG = re.compile(r"OpType=(\w+).*?ran for (\d+) milliseconds before timing out")
 
 
@@ -93,7 +96,10 @@ class FailedError(Error):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """How a rank ended: its exit code as a shell gives it, what it said, when, and whether it only followed another."""
+    """How a rank ended: its exit code as a shell gives it, what it said, when, and whether it only followed another.
+
+    `is_its_own` where it said so itself, and of itself: not of other ranks, nor was it killed.
+    """
 
     rank: int
     exit_code: int
@@ -101,6 +107,7 @@ class Failure:
     log: str
     time: float
     is_echo: bool
+    is_its_own: bool
 
 
 def launch(command: list[str], options: LaunchOptions) -> int:
@@ -174,7 +181,7 @@ def launcher_log(options: LaunchOptions) -> Path:
 
 
 def _run_rounds(command: list[str], options: LaunchOptions, meeting: Meeting, signals: _Signals) -> int:
-    restarts = 0
+    restarts, before = 0, ""
     while True:
         world = meeting.next_round()
         with _Workers(command, options, world) as workers, signals.sent_to(workers):
@@ -184,7 +191,8 @@ def _run_rounds(command: list[str], options: LaunchOptions, meeting: Meeting, si
         if ending is None:
             _tell("a host came back or began anew: all start again from the last checkpoint")
             continue
-        is_last = ending.exit_code in FINAL_CODES or restarts == options.max_restarts or signals.caught is not None
+        is_final = ending.exit_code in FINAL_CODES or (ending.is_its_own and ending.sentence == before)
+        is_last = is_final or restarts == options.max_restarts or signals.caught is not None
         meeting.tell_failure(dataclasses.asdict(ending))
         if is_last:
             ending = _cause(ending, meeting)
@@ -193,7 +201,7 @@ def _run_rounds(command: list[str], options: LaunchOptions, meeting: Meeting, si
         if is_last:
             meeting.end(ending.sentence, ending.exit_code)
             raise FailedError(ending.sentence, ending.exit_code)
-        restarts += 1
+        restarts, before = restarts + 1, ending.sentence
         _tell(f"{ending.sentence} Restart {restarts} of {options.max_restarts}.")
 
 
@@ -403,6 +411,7 @@ def _failure(rank: int, code: int, path: Path, start: int) -> Failure:
         log=str(path),
         time=path.stat().st_mtime,
         is_echo=bool(process.LOST.search(last if said else tail)) and not watchdog,
+        is_its_own=bool(said) and not _OF_OTHERS.match(last),
     )
 
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ostro.degrees import Degrees
-from ostro.errors import LayoutError
 
 Group = dist.ProcessGroup
 
@@ -100,6 +99,11 @@ class Mesh:
         return pp_rank * self.num_stage_ranks + self.place
 
 
+def num_started() -> int:
+    """Return how many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def alone(device: torch.device) -> Mesh:
     """Return the mesh of a run in one process."""
     return Mesh(Degrees(), 0, device)
@@ -112,12 +116,8 @@ def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) 
 
     Raises LayoutError where the degrees do not multiply to the number of ranks.
     """
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    if degrees.num_ranks != num_ranks:
-        raise LayoutError(
-            f"the layout {degrees} is for {degrees.num_ranks} ranks and {num_ranks} were started: change "
-            f"--nproc-per-node and --nnodes, or parallel.fsdp so that dp·fsdp·cp·tp·pp = {num_ranks}."
-        )
+    num_ranks = num_started()
+    degrees.require_ranks(num_ranks)
     if num_ranks == 1:
         return alone(device)
     d = degrees

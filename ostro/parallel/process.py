@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from ostro import device as devices
 from ostro.errors import ConfigError, TrainError
+from ostro.machine import usable_cores
 
 # The launcher tells its workers through these.
 TIMEOUT_VARIABLE = "OSTRO_TIMEOUT_SECONDS"
@@ -80,6 +81,7 @@ def join(device: torch.device, timeout_seconds: float | None = None) -> Process:
     if process.local_world_size < process.world_size:
         _choose_interface(address)
     devices.select(device, process.local_rank)
+    _share_cores(process.local_world_size)
     timeout = datetime.timedelta(seconds=_timeout_seconds(timeout_seconds))
     _set_default_timeout(timeout)
     try:
@@ -90,6 +92,12 @@ def join(device: torch.device, timeout_seconds: float | None = None) -> Process:
             f"meet within {timeout.total_seconds():g} s: {_first_line(error)}"
         ) from error
     return process
+
+
+def _share_cores(num_local: int) -> None:
+    """Take a share of the host's cores: our launcher and torchrun say how many, srun without a binding does not."""
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() == os.cpu_count():
+        torch.set_num_threads(max(1, usable_cores() // num_local))
 
 
 def leave() -> None:

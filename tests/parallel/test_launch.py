@@ -129,6 +129,17 @@ if rank == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     assert log_of(1).count("--- rank 1 of 2") == 4
 
 
+@pytest.mark.parametrize(
+    ("said", "starts"), [("step 2: the loss is nan.", 2), ("rank 1 waited 5 s in all_reduce: rank 0 did not come.", 3)]
+)
+def test_what_a_rank_says_of_itself_twice_it_would_say_again(said: str, starts: int) -> None:
+    script = f"if rank: print('ostro: {said}', flush=True); os._exit(1)\ntime.sleep(60)"
+    with pytest.raises(FailedError, match=said) as caught:
+        run(script, max_restarts=2)
+    assert caught.value.exit_code == 1
+    assert log_of(1).count("--- rank 1") == starts
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_workers_and_their_save_is_waited_for(number: int) -> None:
     thread = signal_when(number, "ready0", "ready1")
@@ -227,17 +238,28 @@ def test_the_command_line_starts_workers_with_its_overrides(monkeypatch: pytest.
         return 5
 
     monkeypatch.setattr(launcher, "launch", noted)
-    words = "--nproc-per-node 2 run.dir=run --nnodes 3 --node-rank 1 --master-addr host --train.steps 4 --resume"
+    words = "--nproc-per-node 2 run.dir=run parallel.dp=6 train.global_batch_sequences=12 "
+    words += "--nnodes 3 --node-rank 1 --master-addr host --train.steps 4 --resume"
     assert cli.main(["train", "tiny", *words.split()]) == 5
     ((command, options),) = seen
     assert command[:4] == [sys.executable, "-m", "ostro", "train"]
-    assert command[4:] == ["tiny", "run.dir=run", "--train.steps", "4", "checkpoint.resume=must"]
+    layout = ["parallel.dp=6", "train.global_batch_sequences=12"]
+    assert command[4:] == ["tiny", "run.dir=run", *layout, "--train.steps", "4", "checkpoint.resume=must"]
     assert options == LaunchOptions(Path("run/logs"), nproc_per_node=2, nnodes=3, node_rank=1, master_addr="host")
 
 
 def test_a_wrong_recipe_is_told_before_anything_is_started(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "tiny", "train.stepz=1", "--nproc-per-node", "2"]) == 2
     assert "Did you mean" in capfd.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_another_number_of_ranks_than_the_layouts_is_told_before_anything_is_started(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    layout = ["parallel.fsdp=2", "parallel.pp=2", "train.global_batch_sequences=8"]
+    assert cli.main(["train", "tiny", *layout, "--nproc-per-node", "3"]) == 2
+    assert "the layout fsdp2·pp2 is for 4 ranks and 3 were started" in capfd.readouterr().err
     assert not Path("runs").exists()
 
 
@@ -257,7 +279,8 @@ def test_the_options_come_back_from_the_command_line(monkeypatch: pytest.MonkeyP
     seen = []
     monkeypatch.setattr(launcher, "launch_ostro", lambda arguments, options, in_background: seen.append(options) or 0)
     options = LaunchOptions(Path("a b"), 2, 3, 1, "host", 1234, 5.0, 0, 7.5)
-    assert cli.main(["train", "tiny", *options.arguments()]) == 0
+    layout = ["parallel.dp=6", "train.global_batch_sequences=12"]
+    assert cli.main(["train", "tiny", *layout, *options.arguments()]) == 0
     assert seen == [options]
 
 

@@ -113,6 +113,24 @@ def test_an_environment_that_contradicts_itself(
         join(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("usable", "given", "expected"),
+    [(16, None, [4]), (2, None, [1]), (4, None, []), (16, "3", [])],  # 4 of 16: srun has bound it
+)
+def test_processes_of_a_host_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, usable: int, given: str | None, expected: list[int]
+) -> None:
+    taken: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2 if usable == 2 else 16)
+    monkeypatch.setattr(process, "usable_cores", lambda: usable)
+    process._share_cores(4)
+    assert taken == expected
+
+
 def test_a_backend_for_each_device() -> None:
     assert devices.backend(torch.device("cpu")) == "gloo"
     assert devices.backend(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"

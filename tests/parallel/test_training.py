@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,13 +26,13 @@ from ostro.config import load_config
 from ostro.data.prepare import prepare
 from ostro.data.shards import open_shards
 from ostro.data.tokenizer import load_tokenizer
-from ostro.errors import LayoutError, TrainError
+from ostro.errors import DataError, LayoutError, TrainError
 from ostro.evaluate import evaluate
 from ostro.log import read_metrics
 from ostro.parallel.apply import local
 from ostro.serve.engine import load_model
 from ostro.train import set_up, train, train_step
-from ostro.weights import dcp, open_reader
+from ostro.weights import dcp, open_reader, saver
 from ostro.weights.store import compare, digest
 
 FSDP_EP = {"parallel.fsdp": 2, "parallel.ep": 2}
@@ -187,6 +192,79 @@ def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path) -> 
     assert caught == other[1] == signal.SIGTERM
     assert seconds < 10
     assert dcp.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+
+
+COMMAND = (sys.executable, "-m", "ostro", "train", "tiny")
+
+
+def _launched(words: list[str], run_dir: Path, first_step: int) -> tuple[int, str, float]:
+    """Start the command, and send its launcher SIGTERM when that step is done; return code, output, seconds of it."""
+    metrics = run_dir / "metrics.jsonl"
+    launcher = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 100
+    while launcher.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and any(row["step"] >= first_step for row in read_metrics(metrics)):
+            break
+        time.sleep(0.02)
+    launcher.terminate()
+    sent = time.monotonic()
+    output = launcher.communicate(timeout=60)[0]
+    return launcher.returncode, output, time.monotonic() - sent
+
+
+def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    words = overrides(data, tmp_path, **FSDP_EP, **{"train.steps": 100_000, "checkpoint.every": 0})
+    words += ["--nproc-per-node", "2", "--log-dir", str(tmp_path / "logs")]
+    code, output, seconds = _launched(words, tmp_path, 1)
+    assert code == 143, output
+    assert seconds < 10
+    saved = dcp.steps(tmp_path / "checkpoints")
+    assert f"the same command goes on from step {max(saved)}" in output
+    code, output, seconds = _launched(words, tmp_path, max(saved) + 1)
+    assert code == 143, output
+    assert seconds < 10
+    assert f"resuming {tmp_path} at step {max(saved)}" in output
+    assert "Traceback" not in output
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, max(dcp.steps(tmp_path / "checkpoints")) + 1))
+
+
+def _short_of_disk(words: list[str]) -> int:
+    """Train; the system refuses rank 1 the file of step 4."""
+    real, limit = saver.write_boxes, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_boxes(path: Path, boxes: Any) -> Any:
+        is_full = dist.get_rank() == 1 and path.parent.name.startswith("step-00000004")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000 if is_full else limit[0], limit[1]))
+        try:
+            return real(path, boxes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    saver.write_boxes = write_boxes
+    return train(load_config("tiny", words)).saved_step
+
+
+def test_one_ranks_full_disk_costs_a_checkpoint_and_not_the_run(
+    data: Path, many: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = overrides(data, tmp_path, **FSDP_EP, **{"checkpoint.every": 2, "checkpoint.async": True})
+    assert run_in_world(2, _short_of_disk, words) == [6, 6]
+    told_lines = " ".join(capfd.readouterr().out.split())
+    assert "rank 1: " in told_lines
+    assert "step-00000004 could not be written whole (File too large) and nothing of it was kept" in told_lines
+    assert "step-00000002 is kept" in told_lines
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
+    assert digest(open_reader(tmp_path)) == digest(open_reader(many))
+
+
+def test_a_token_the_model_does_not_have_is_told(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    tokens = np.load(tmp_path / "data" / "tokens-00000.npy", mmap_mode="r+")
+    tokens[:] = 32000
+    tokens.flush()
+    with pytest.raises(DataError, match=r"^step 1: the data hold token id 32000 and the model has vocab_size=32000"):
+        train(load_config("tiny", overrides(tmp_path / "data", tmp_path / "run")))
 
 
 def _poisoned(words: list[str]) -> tuple[str, bool]:
