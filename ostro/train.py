@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ostro import checks, log, resume
 from ostro import device as devices
-from ostro import log, resume
 from ostro.batch import Batch, batch_of, require_known, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
@@ -25,15 +25,14 @@ from ostro.data.loader import Loader
 from ostro.data.shards import Shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.dataset import open_data, open_loader
-from ostro.errors import ConfigError, DataError, Error, OutOfMemory, TrainError
+from ostro.errors import ConfigError, DataError, Error, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
-from ostro.model import kernels, layout, routing
+from ostro.model import layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
-from ostro.parallel import memory
 from ostro.parallel.apply import World, parallelize
-from ostro.parallel.mesh import first_of_host, host_group, num_started, open_mesh
+from ostro.parallel.mesh import first_of_host, host_group, open_mesh
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
 from ostro.weights.parts import Held, load_held, load_weights
@@ -125,7 +124,7 @@ def set_up(config: Config) -> Run:
         raise ConfigError("data.path is empty: name prepared data or text, as in data.path=corpus.txt.")
     run_dir = Path(config.run.dir)
     device = devices.accelerator()
-    _check(config, run_dir, device)
+    checks.check(config, run_dir, device)
     devices.set_deterministic(device)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -137,7 +136,7 @@ def set_up(config: Config) -> Run:
     world = parallelize(
         config,
         open_mesh(config.parallel.degrees(), device, is_tied=config.model.tie_word_embeddings),
-        compute_dtype(config, device),
+        checks.compute_dtype(config, device),
     )
     run = Run(
         config=config,
@@ -196,55 +195,6 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
             "set data.tokenizer to the one of the weights and prepare the data with it."
         )
     return reader
-
-
-def _check(config: Config, run_dir: Path, device: torch.device) -> None:
-    """Refuse what is certain to fail later: other ranks than the layout's, another's run directory, no memory."""
-    config.parallel.degrees().require_ranks(num_started())
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run.dir={run_dir} is a file: choose a folder.")
-    others = [path for path in run_dir.iterdir() if path.name != "logs"] if run_dir.is_dir() else []  # the launcher's
-    if others and not (run_dir / "config.yaml").exists():
-        raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
-    if config.train.eval_every and not config.data.eval_path:
-        raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
-    reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
-    if reason is not None:
-        raise ConfigError(reason)
-    _check_memory(config, device)
-
-
-def _check_memory(config: Config, device: torch.device) -> None:
-    """Say what a device will need, and refuse what cannot fit; on a CPU all processes share the machine's memory."""
-    dtype = "fp32" if compute_dtype(config, device) == torch.float32 else "bf16"
-    known = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
-    num_ranks, there = config.parallel.degrees().num_ranks, devices.memory_bytes(device)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)) if device.type == "cpu" else 1
-
-    def needed(changed: Config) -> float:
-        more = changed.parallel.degrees().num_ranks / num_ranks if device.type == "cpu" else 1
-        return memory.estimate(changed).total * sharing * more
-
-    found = memory.estimate(known)
-    here = f"{devices.name(device)}, {there / 1e9:,.1f} GB" + f" for {sharing} processes" * (sharing > 1)
-    copies = 3 * found.parameters * sharing if config.checkpoint.asynchronous and device.type == "cpu" else 0
-    log.say(f"needs {found}; there are {here}" + (f"; a checkpoint's copy {copies / 1e9:,.2f} GB" if copies else ""))
-    if copies and needed(known) <= there < needed(known) + copies:
-        raise OutOfMemory(
-            f"this run needs {found}, beside it {copies / 1e9:,.2f} GB for the copy that is being saved, and there are "
-            f"{here}: set checkpoint.async=false."
-        )
-    if needed(known) * (1 - memory.UNCERTAIN) > there:
-        helpful = "; ".join(memory.changes(known, lambda changed: needed(changed) <= there)) or "a smaller model"
-        raise OutOfMemory(f"this run needs {found} and there are {here}: any one of these would fit: {helpful}.")
-
-
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return the dtype of activations; `auto` is bf16 where the hardware has it and fp32 elsewhere."""
-    if config.train.dtype == "auto":
-        is_slow = device.type == "cpu" and not devices.bf16_is_fast()
-        return torch.float32 if is_slow else torch.bfloat16
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
 
 
 def _total_steps(config: Config, loader: Loader) -> int:

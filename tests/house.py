@@ -23,7 +23,7 @@ LAYERS = (
     ("demo",),
     ("doctor", "plan", "conversion", "preparation", "training"),
     ("train",),
-    ("evaluate", "report", "verify", "inspection", "resume"),
+    ("evaluate", "report", "verify", "inspection", "resume", "checks"),
     ("serve",),
     ("parallel",),
     ("weights", "optim", "batch", "dataset"),
