@@ -13,7 +13,7 @@ from ostro.config import Config
 from ostro.errors import ConfigError, OutOfMemory
 from ostro.model import kernels
 from ostro.parallel import memory
-from ostro.parallel.process import num_started
+from ostro.parallel.mesh import num_started
 
 
 def check(config: Config, run_dir: Path, device: torch.device) -> None:

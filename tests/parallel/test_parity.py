@@ -15,6 +15,7 @@ from ostro.errors import ConfigError
 CASES = {**dict(alone()), **dict(pairs()), **PRODUCTS}
 SAMPLE = (
     "accumulation",
+    "tp · zero_bubble",
     "dp · full",
     "seed: pretrain 4k and finetune",
     "hsdp · tp · ep",
