@@ -34,7 +34,7 @@ from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learnin
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.mesh import first_of_host, host_group, open_mesh
 from ostro.serve.engine import tokenizer_beside
-from ostro.weights import NO_HINTS, Hints, dcp, detect, open_reader
+from ostro.weights import FORMATS, NO_HINTS, dcp, detect, open_reader
 from ostro.weights.parts import Held, load_held, load_weights
 from ostro.weights.saver import Saved, Saver, every_name
 from ostro.weights.saver import newest as newest_of_all
@@ -177,7 +177,11 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
     path = config.weights.path
     if path is None:
         return RandomReader(config.model, config.train.seed)
-    hints = Hints(strategy=Path(config.weights.strategy)) if config.weights.strategy else NO_HINTS
+    # Where hosts share no disk each has its own part of a checkpoint, and reads no other.
+    is_part = config.parallel.degrees().num_ranks > 1 and "partial" in FORMATS[detect(path)].hints
+    hints = dataclasses.replace(NO_HINTS, partial=is_part or None)
+    if config.weights.strategy:
+        hints = dataclasses.replace(hints, strategy=Path(config.weights.strategy))
     if detect(path).startswith("mindspore"):  # which seldom says its model
         hints = dataclasses.replace(hints, model=dataclasses.replace(config.model, router="softmax"))
     reader = open_reader(path, hints)

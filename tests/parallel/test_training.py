@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -32,7 +33,7 @@ from ostro.log import read_metrics
 from ostro.parallel.apply import local
 from ostro.serve.engine import load_model
 from ostro.train import set_up, train, train_step
-from ostro.weights import dcp, open_reader, saver
+from ostro.weights import convert, dcp, open_reader, saver
 from ostro.weights.store import compare, digest
 
 FSDP_EP = {"parallel.fsdp": 2, "parallel.ep": 2}
@@ -166,6 +167,26 @@ def test_many_evaluate_as_one_does(data: Path, whole: Path) -> None:
     for loss, num_tokens, load, is_training in run_in_world(8, _evaluated, words, str(data)):
         assert loss == pytest.approx(alone.loss, rel=1e-6)
         assert (num_tokens, load, is_training) == (alone.num_tokens, alone.expert_load, True)
+
+
+def _started(words: list[str]) -> dict[str, Any]:
+    held = set_up(load_config("tiny", words)).world.held_parameters()
+    return {name: (piece.box.where, piece.tensor.clone()) for name, piece in held.items()}
+
+
+@pytest.mark.parametrize("form", ["hf", "mistral", "mindspore"])
+def test_every_rank_starts_from_its_own_slices_of_any_format(
+    data: Path, whole: Path, tmp_path: Path, form: str
+) -> None:
+    convert(whole, tmp_path / "start.ckpt" if form == "mindspore" else tmp_path / "start", to=form)
+    path = next(tmp_path.glob("start*"))
+    words = overrides(data, tmp_path / "run", **{"parallel.tp": 2, "parallel.etp": 2, "weights.path": path})
+    reader, seen = open_reader(whole), 0
+    for rank in run_in_world(2, _started, words):
+        for name, (where, values) in rank.items():
+            assert torch.equal(values, reader.read(name, where)), name
+            seen += values.numel()
+    assert seen > sum(math.prod(info.shape) for info in reader.names().values())
 
 
 def _interrupted(words: list[str]) -> tuple[int, int | None, float]:
