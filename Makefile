@@ -46,7 +46,7 @@ check: $(READY) ## ruff, its formatter, pyright
 
 parity: $(READY) ## every layout against one process, its table into docs/parallel.md (minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/parallel/table.py --write
-	OMP_NUM_THREADS=1 OSTRO_PARITY=1 $(BIN)/python -m pytest -q tests/parallel/test_parity.py -k compiled
+	OMP_NUM_THREADS=1 OSTRO_PARITY=1 $(BIN)/python -m pytest -q tests/parallel/test_layouts.py -k compiled
 
 faults: $(READY) ## kill ranks of real trainings and compare what comes out, the log into docs/parallel.md (10 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/parallel/faults.py --write $(FAULTS_FLAGS)

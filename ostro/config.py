@@ -304,7 +304,7 @@ class Config(Section):
     def _require_layout(self) -> None:
         """Refuse, with LayoutError or ValueError, what the layout cannot do or would silently not mean."""
         parallel, train, degrees = self.parallel, self.train, self.parallel.degrees()
-        degrees.check(self.model, stages_differ=True)
+        degrees.check(self.model, for_run=True)
         num_stages = parallel.pp * parallel.virtual_stages
         stage_layers(self.model.num_hidden_layers, num_stages, parallel.stage_layers)
         batch, micro = train.global_batch_sequences, train.micro_batch_sequences

@@ -78,10 +78,11 @@ class Degrees:
                 f"{'·'.join(names)} = {num_ranks}."
             )
 
-    def check(self, model: ModelConfig, *, stages_differ: bool = False) -> None:
+    def check(self, model: ModelConfig, *, for_run: bool = False) -> None:
         """Raise LayoutError for degrees that contradict each other or do not divide the model's sizes.
 
-        With `stages_differ` pipeline stages need not have equally many layers.
+        In a run pipeline stages need not have equally many layers, and experts of which each rank would have less than
+        one must be cut evenly: FSDP2 cuts no dim but the first unevenly.
         """
         if self.etp not in (1, self.tp):
             raise LayoutError(f"etp={self.etp} must be 1 or tp={self.tp}.")
@@ -96,12 +97,12 @@ class Degrees:
             "pp": "num_hidden_layers",
             "etp": "intermediate_size",
         }
-        if stages_differ:
+        if for_run:
             del sizes["pp"]
         named = {name: (setting, getattr(model, setting)) for name, setting in sizes.items()}
         require_divides(dataclasses.asdict(self), named)
         each, ffn = model.num_local_experts // self.ep, model.intermediate_size // self.etp
-        if each % self.efsdp and ffn % self.efsdp:
+        if for_run and each % self.efsdp and ffn % self.efsdp:
             raise LayoutError(
                 f"{self.efsdp} ranks (fsdp·cp·tp over ep·etp) share {each} experts of inner size {ffn}, and neither "
                 "number can be divided by that: change ep or fsdp."

@@ -85,7 +85,7 @@ def dry_run(config: Config, rank: int, *, as_accelerator: bool = True) -> DryRun
     degrees = config.parallel.degrees()
     if not 0 <= rank < degrees.num_ranks:
         raise LayoutError(f"rank {rank} is not among this layout's ranks 0 to {degrees.num_ranks - 1}.")
-    degrees.check(config.model, stages_differ=True)
+    degrees.check(config.model, for_run=True)
     start = time.perf_counter()
     dtype = torch.float32 if config.train.dtype == "fp32" else torch.bfloat16
     with _fake_ranks(rank, degrees.num_ranks):

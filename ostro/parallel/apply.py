@@ -175,7 +175,7 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
     # Of tensors without values only shapes are made anyway.
     blank = torch.device("meta") if ops.has_values() else mesh.device
     parallel, degrees = config.parallel, mesh.degrees
-    degrees.check(config.model, stages_differ=True)
+    degrees.check(config.model, for_run=True)
     chunks = parallel.virtual_stages
     layers = stage_layers(config.model.num_hidden_layers, degrees.pp * chunks, parallel.stage_layers)
     stages = []

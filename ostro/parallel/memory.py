@@ -46,7 +46,7 @@ class Estimate:
 def estimate(config: Config) -> Estimate:
     """Return what the fullest device holds at its peak; LayoutError for a layout that does not divide."""
     degrees = config.parallel.degrees()
-    degrees.check(config.model, stages_differ=True)
+    degrees.check(config.model, for_run=True)
     ends = (0, degrees.pp - 1) if degrees.pp > 1 else (0,)
     return max((_stage(config, pp_rank) for pp_rank in ends), key=lambda found: found.total)
 

@@ -35,6 +35,7 @@ from ostro.weights.store import TensorInfo
 T = TypeVar("T")
 R = TypeVar("R")
 
+_HEAD_BYTES = 1200  # of each item in a file: what many small ones are made of
 _NICE = 10  # of the writing thread: it takes what the step leaves, and a tenth of a busy core
 
 
@@ -266,11 +267,12 @@ def _plans(held: list[dict[str, tuple[TensorInfo, Box]]], leads: Sequence[int]) 
             if box.num_elements:
                 holders.setdefault((leads[rank], name, box), []).append(rank)
     totals = [0] * len(held)
-    for (lead, name, box), ranks in holders.items():
+    # First what few hold: the rest then evens out.
+    for (lead, name, box), ranks in sorted(holders.items(), key=lambda item: len(item[1])):
         writer = min(ranks, key=num_bytes.__getitem__)
         size = box.num_elements * infos[name].dtype.itemsize
         mine[writer].append(name)
-        num_bytes[writer] += size
+        num_bytes[writer] += size + _HEAD_BYTES
         totals[lead] += size
     # A lead names also what only other disks hold: a host's folder then shows what it is a part of.
     of_leads = [infos if leads[rank] == rank else {} for rank in range(len(held))]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
-from layouts import EXPERTS, coordinates, cuts_of, held_indexes, held_mask, stages_of
+from layouts import EXPERTS, SMALL, coordinates, cuts_of, held_indexes, held_mask, stages_of
 from small_models import TINY, random
 from torch import Tensor
 
@@ -273,15 +273,17 @@ def dtensor(d: Degrees, rank: int, parameter: layout.Parameter) -> Any:
     first = coordinates(d, rank, is_expert)["pp"] * per_stage
     sizes = (d.dp, d.efsdp, d.ep, d.etp) if is_expert else (d.dp, d.fsdp * d.cp, d.tp)
     mesh = DeviceMesh("cpu", torch.arange(first, first + per_stage).view(sizes))
-    *inner, (dim, _, _) = cuts_of(d, rank, parameter)
-    split = math.prod(parts for other, parts, _ in inner if other == dim)
-    fsdp = _StridedShard(dim, split_factor=split) if split > 1 else Shard(dim)
-    rest = [Shard(other) for other, _, _ in inner] or [Replicate()]
+    placements: list[Any] = [Replicate()] * len(sizes)
+    if parameter.kind not in SMALL:
+        *inner, (dim, _, _) = cuts_of(d, rank, parameter)
+        split = math.prod(parts for other, parts, _ in inner if other == dim)
+        fsdp = _StridedShard(dim, split_factor=split) if split > 1 else Shard(dim)
+        placements = [Replicate(), fsdp, *([Shard(other) for other, _, _ in inner] or [Replicate()])]
     local = torch.full([len(indexes) for indexes in held_indexes(d, rank, parameter)], -1.0)
     return DTensor.from_local(
         local,
         mesh,
-        [Replicate(), fsdp, *rest],
+        placements,
         run_check=False,
         shape=torch.Size(parameter.shape),
         stride=torch.empty(parameter.shape, device="meta").stride(),

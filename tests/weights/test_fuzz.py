@@ -168,29 +168,31 @@ def test_parts_that_share_an_element_are_found(drawn: list[tuple[int, int, int, 
     assert found is None or found[0].overlap(found[1])
 
 
-def moved(folder: Path, offset: torch.Size | None) -> Path:
-    """Write a checkpoint of four ranks in which the second part of a norm is said to be elsewhere."""
+def moved(folder: Path, rows: int | None) -> Path:
+    """Write a checkpoint of four ranks; the second part of a matrix is said to be so many rows further, or nowhere."""
     dcp.write(RandomReader(MODEL), folder, degrees=Degrees(fsdp=4))
     file = folder / ".metadata"
     metadata = pickle.loads(file.read_bytes())
-    name = "model.model.norm.weight"
-    index = next(index for index in metadata.storage_data if index.fqn == name and index.offset == (4,))
+    name = "model.lm_head.weight"
+    second = sorted(index.offset for index in metadata.storage_data if index.fqn == name)[1]
+    offset = None if rows is None else torch.Size((second[0] + rows, 0))
+    index = next(index for index in metadata.storage_data if index.fqn == name and index.offset == second)
     metadata.storage_data[dataclasses.replace(index, offset=offset)] = metadata.storage_data.pop(index)
     for chunk in metadata.state_dict_metadata[name].chunks:
-        chunk.offsets = offset if offset is not None and chunk.offsets == (4,) else chunk.offsets
+        chunk.offsets = offset if offset is not None and chunk.offsets == second else chunk.offsets
     file.write_bytes(pickle.dumps(metadata))
     return folder
 
 
 def test_a_training_checkpoint_whose_parts_overlap_and_leave_a_gap_is_refused(tmp_path: Path) -> None:
     """As many values as there should be, and yet some are nowhere."""
-    with pytest.raises(WeightsError, match=r"holds parts of model\.model\.norm\.weight that overlap: "):
-        open_reader(moved(tmp_path / "a", torch.Size([5])))
+    with pytest.raises(WeightsError, match=r"holds parts of model\.lm_head\.weight that overlap: "):
+        open_reader(moved(tmp_path / "a", 1))
 
 
 def test_a_part_of_several_that_does_not_say_which_is_refused(tmp_path: Path) -> None:
     """It would be taken for the first of them."""
-    with pytest.raises(WeightsError, match=r"has no box of model\.model\.norm\.weight at None: "):
+    with pytest.raises(WeightsError, match=r"has no box of model\.lm_head\.weight at None: "):
         open_reader(moved(tmp_path / "a", None))
 
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
@@ -39,7 +40,6 @@ from ostro.weights import (
     CastReader,
     ckpt_file,
     convert,
-    dcp,
     detect,
     digest,
     mindspore,
@@ -352,7 +352,7 @@ def test_what_is_not_of_this_format(tmp_path: Path) -> None:
         assert not mindspore.detect(path)
         assert digest(open_reader(path)) == digest(random())
     run_folder = tmp_path / "run"
-    dcp.save(run_folder / "checkpoints" / "step-00000003", {"a": torch.ones(2)}, {"step": 3})
+    checkpoints.save(run_folder / "checkpoints" / "step-00000003", {"a": torch.ones(2)}, {"step": 3})
     (tmp_path / "folder" / "x.ckpt").mkdir(parents=True)  # a folder of that name
     (tmp_path / "notes").mkdir()
     for path in (
