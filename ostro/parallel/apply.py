@@ -39,6 +39,7 @@ class World:
         # Once: while they are gathered, modules name others in their place.
         stages = self.pipeline.stages
         self._parameters = {name: p for stage in stages for name, p in stage.model.named_parameters()}
+        self._table = layout.table(self.model)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters by canonical name; of the sharded ones it holds a part."""
@@ -53,9 +54,9 @@ class World:
         return self._held({key: (parameter_of(key), value) for key, value in tensors.items()})
 
     def _held(self, tensors: Mapping[str, tuple[str, Tensor]]) -> dict[str, Held]:
-        table, found = layout.table(self.model), {}
+        found = {}
         for key, (name, value) in tensors.items():
-            parameter, values = table[name], local(value)
+            parameter, values = self._table[name], local(value)
             if not values.shape:  # a count of steps
                 found[key] = Held(values, Box((), ()), ())
                 continue
@@ -144,7 +145,7 @@ class World:
 
     def _is_counted(self, name: str) -> bool:
         """Whether of all ranks that hold this part of a parameter this is the first."""
-        degrees, place, kind = self.mesh.degrees, self.mesh.place, layout.table(self.model)[name].kind
+        degrees, place, kind = self.mesh.degrees, self.mesh.place, self._table[name].kind
         if kind is layout.EMBEDDING and self._has_second_embedding():
             return False
         if kind.is_small:
@@ -158,11 +159,9 @@ class World:
 
     def _sum_gradients(self) -> None:
         """Sum what FSDP does not: small parameters' over the stage, a tied embedding's over both ends."""
-        table = layout.table(self.model)
         if self.mesh.stage is not None:
-            small = [
-                p.grad for name, p in self.parameters().items() if table[name].kind.is_small and p.grad is not None
-            ]
+            named = self.parameters().items()
+            small = [p.grad for name, p in named if self._table[name].kind.is_small and p.grad is not None]
             _sum_together(small, self.mesh.stage)
         if self.mesh.ends is not None and self.model.tie_word_embeddings:
             held = self.parameters().get(layout.EMBEDDING.name)
@@ -190,7 +189,8 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
         expert.apply(model, mesh)
         tensor.apply(model, mesh)
         context.apply(model, mesh)
-        recompute.apply(model, config.train.recompute)
+        if config.train.recompute == "full":
+            recompute.blocks(model)
         if config.train.compile:
             _compile(model)
         stage = Stage(model, index)

@@ -176,9 +176,7 @@ def _limit(routing: Routing, spans: Spans, moe: MoeConfig, *, group: Group, cp: 
     everyone = gathered(asked, group)[back]
     num_choices = routing.experts_TA.shape[1]
     weights_TA, experts_TA = everyone[:, :num_choices], everyone[:, num_choices : 2 * num_choices].long()
-    whole = dataclasses.replace(
-        spans, sequence_ids_T=everyone[:, -2].long(), valid_T=everyone[:, -1] > 0, draws_T=None, positions_T=back
-    )
+    whole = dataclasses.replace(spans, sequence_ids_T=everyone[:, -2].long(), valid_T=everyone[:, -1] > 0)
     limited = within_capacity(Routing(experts_TA, weights_TA, routing.probs_TE, routing.logits_TE), whole, moe)
     assert limited.kept_TA is not None
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)

@@ -123,9 +123,6 @@ def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) 
     d = degrees
     dense = _mesh(device, pp=d.pp, dp=d.dp, fsdp=d.fsdp * d.cp, tp=d.tp)
     sparse = _mesh(device, pp=d.pp, dp=d.dp, efsdp=d.efsdp, ep=d.ep, etp=d.etp)
-    sequence = _mesh(device, outer=d.pp * d.dp * d.fsdp, sequence=d.cp * d.tp)
-    context = _mesh(device, outer=d.pp * d.dp * d.fsdp, cp=d.cp, tp=d.tp)
-    stage = _mesh(device, pp=d.pp, stage=d.num_ranks // d.pp)
     whole = _mesh(device, pp=d.pp, dp=d.dp, whole=d.fsdp * d.cp * d.tp) if d.vocab_emb_dp and d.tp > 1 else dense
     rank = dist.get_rank()
     place = rank % (num_ranks // d.pp)
@@ -135,9 +132,9 @@ def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) 
         device,
         tp=_group(dense, "tp"),
         ep=_group(sparse, "ep"),
-        cp=_group(context, "cp"),
-        sequence=_group(sequence, "sequence"),
-        stage=_group(stage, "stage"),
+        cp=_line(device, d.cp, inner=d.tp),
+        sequence=_line(device, d.cp * d.tp),
+        stage=_line(device, d.num_ranks // d.pp),
         edges=[_pipeline_group(d, place) for _ in range(4 + 2 * (d.pp % 2))] if d.pp > 1 else [],
         ends=_ends(d, place) if d.pp > 1 and is_tied else None,
         dense=_sharding(dense, d.dp, "fsdp"),
@@ -150,7 +147,7 @@ def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) 
 def first_of_host() -> Iterator[None]:
     """Let the first rank of each host go through alone, and the others after it; if it fails, so do they."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    has_others = dist.is_initialized() and dist.get_world_size() > 1
+    has_others = num_started() > 1
     if has_others and not is_first:
         dist.barrier()
     yield
@@ -160,7 +157,7 @@ def first_of_host() -> Iterator[None]:
 
 def host_group() -> Group | None:
     """Return a group of all ranks that talks through the hosts' memory, for what goes on beside the training."""
-    group: Any = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+    group: Any = dist.new_group(backend="gloo") if num_started() > 1 else None
     return group
 
 
@@ -174,6 +171,13 @@ def _group(mesh: DeviceMesh, axis: str) -> Group | None:
         return None
     group: Any = mesh.get_group(axis)
     return group
+
+
+def _line(device: torch.device, size: int, inner: int = 1) -> Group | None:
+    """Return this rank's group of `size` ranks that stand `inner` apart."""
+    if size == 1:
+        return None
+    return _group(_mesh(device, outer=dist.get_world_size() // (size * inner), line=size, inner=inner), "line")
 
 
 def _sharding(mesh: DeviceMesh, dp: int, axis: str) -> DeviceMesh | None:

@@ -14,11 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from ostro.model.mixtral import Mixtral
 
 
-def apply(model: Mixtral, recompute: str) -> None:
-    """Wrap blocks or experts; comes after the meshes' functions, before FSDP."""
+def blocks(model: Mixtral) -> None:
+    """Wrap whole blocks; comes after the meshes' functions, before FSDP."""
     for block in model.blocks.values():
-        if recompute == "full":
-            block.forward = functools.partial(_again, block.forward)  # pyright: ignore[reportAttributeAccessIssue]
+        block.forward = functools.partial(_again, block.forward)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def experts(model: Mixtral) -> None:

@@ -150,6 +150,23 @@ PRODUCTS: dict[str, Case] = {
         "parallel.gradient_accumulation_shard": True,
         "train.micro_batch_sequences": 1,
     },
+    "gradients reduced with every micro-batch · fsdp · ep · 1f1b": {
+        "parallel.fsdp": 4,
+        "parallel.ep": 2,
+        "parallel.gradient_accumulation_shard": True,
+        **DIMENSIONS["1f1b"],
+    },
+    "gradients reduced with every micro-batch · fsdp · zero bubble": {
+        "parallel.fsdp": 2,
+        "parallel.gradient_accumulation_shard": True,
+        **DIMENSIONS["zero_bubble"],
+    },
+    "balanced per batch · dp · tp · cp": {
+        "moe.balance": "batch",
+        "parallel.dp": 2,
+        "parallel.tp": 2,
+        "parallel.cp": 2,
+    },
     "groups of two blocks · fsdp · pp": {
         "parallel.fsdp": 4,
         "parallel.gradient_aggregation_group": 2,

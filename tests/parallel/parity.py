@@ -143,6 +143,8 @@ def difference(case: Mapping[str, Any], num_steps: int = NUM_STEPS) -> dict[str,
     config = settings(case)
     size = config.parallel.degrees().num_ranks
     alone = {key: value for key, value in case.items() if key.startswith(_OF_BOTH)}
+    # All rows at once, as the ranks of a step without accumulation have them together: `balance: batch` depends on it.
+    alone["train.micro_batch_sequences"] = config.train.global_batch_sequences
     reference = _reference(tuple(sorted(alone.items())), num_steps)
     many = run_in_world(size, _rank_main, dict(case), num_steps) if size > 1 else [_rank_main(case, num_steps)]
     ranks = [Seen(*result) for result in many]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from matrix import SEEDS
 from parity import settings
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -48,16 +49,7 @@ LAYOUTS: dict[str, Case] = {
         "parallel.schedule": "zero_bubble",
         "train.micro_batch_sequences": 2,
     },
-    "the seed's dp2 · mp4 · ep2 · pp2": {
-        "parallel.data_parallel": 2,
-        "parallel.model_parallel": 4,
-        "parallel.expert_parallel": 2,
-        "parallel.pipeline_stage": 2,
-        "parallel.use_seq_parallel": True,
-        "parallel.vocab_emb_dp": True,
-        "train.recompute": "full",
-        "train.micro_batch_sequences": 2,
-    },
+    "the seed's dp2 · mp4 · ep2 · pp2": {**SEEDS["pretrain 4k and finetune"], "train.micro_batch_sequences": 2},
 }
 
 
