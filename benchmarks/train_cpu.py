@@ -44,12 +44,12 @@ def ostro_step(size: str, precision: str) -> Any:
     """Return a function that does one step of ours."""
     import torch
 
-    from ostro.config import Optim
     from ostro.machine import keep_freed_memory
     from ostro.model.mixtral import Mixtral
     from ostro.model.settings import MoeConfig
     from ostro.model.spans import spans_of
     from ostro.optim import build_optimizer
+    from ostro.sections import Optim
     from ostro.weights.store import RandomReader, load_into
 
     keep_freed_memory()

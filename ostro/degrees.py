@@ -141,13 +141,16 @@ class Degrees:
         """Return (dim, which part, of how many) that tp, ep and etp make of a parameter."""
         if _is_expert(dims):
             place = rank % (self.ep * self.etp)
-            return [("expert", place // self.etp, self.ep), ("ffn", place % self.etp, self.etp)]
+            cuts = [("expert", place // self.etp, self.ep), ("ffn", place % self.etp, self.etp)]
+            return [cut for cut in cuts if cut[0] in dims]
         cut = ("heads", "kv_heads") if self.vocab_emb_dp else ("vocab", "heads", "kv_heads")
         return [(name, rank % self.tp, self.tp) for name in cut if name in dims]
 
     def _shards(self, rank: int, dims: Sequence[str], shape: Sequence[int]) -> list[tuple[str, int, int]]:
         """Return (dim, which part, of how many) that is made of it besides: fsdp and cp, and efsdp."""
         place = rank % (self.fsdp * self.cp * self.tp)
+        if "rank" in dims:  # LoRA's
+            return []
         if _is_expert(dims):
             is_whole = shape[0] // self.ep % self.efsdp == 0
             return [("expert" if is_whole else "ffn", place // (self.ep * self.etp), self.efsdp)]

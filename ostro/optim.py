@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ostro.config import Optim
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
+from ostro.sections import Optim
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], model: ModelConfig, optim: Optim) -> torch.optim.AdamW:

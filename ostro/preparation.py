@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ostro.config import Train
 from ostro.data.prepare import Hands
 from ostro.data.tasks import Settings
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, nearest
 from ostro.log import ByteProgress, duration, size
+from ostro.sections import Train
 
 _TARGETS = ("native", "mindrecord", "megatron")
 _STYLES = ("native", "mindformers")

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("verbs",),
     ("demo",),
     ("doctor", "plan", "conversion", "preparation", "training"),
     ("train",),
@@ -29,6 +30,7 @@ LAYERS = (
     ("weights", "optim", "batch", "dataset"),
     ("model", "data"),
     ("config", "log"),
+    ("sections",),
     ("degrees", "overrides"),
     ("device", "model.settings"),
     ("errors", "machine"),
@@ -43,6 +45,7 @@ ONE_PROCESS = (
     "model",
     "data",
     "config",
+    "sections",
     "degrees",
     "overrides",
     "log",
@@ -62,7 +65,17 @@ HEAVY = (
     "mistral_common",
     "tensorboard",
 )
-LIGHT = ("ostro", "ostro.__main__", "ostro.cli")
+LIGHT = (
+    "ostro",
+    "ostro.__main__",
+    "ostro.cli",
+    "ostro.verbs",
+    "ostro.verbs.options",
+    "ostro.verbs.start",
+    "ostro.verbs.training",
+    "ostro.verbs.weights",
+    "ostro.verbs.models",
+)
 DEVICE_WORDS = re.compile(r"\b(cuda|nccl|hccl)\b")
 FILE_LINES = 500
 FUNCTION_LINES = 60

@@ -103,7 +103,6 @@ REFUSED = {
     "optim.schedule=cosin": r"optim.schedule='cosin' is refused: input should be 'cosine'",
     "train.micro_batch_sequences=0": r"micro_batch_sequences=0 is refused: input should be greater than or equal to 1",
     "parallel.tp=3": r"tp=3 does not divide num_key_value_heads=2: use tp 1, 2",
-    "lora.rank=8": r"cannot be had: LoRA is not there yet",
     "train.recompute=some": r"train.recompute='some' is refused: input should be 'none', 'selective' or 'full'",
     "weights.upcycle=true": r"weights.upcycle=True cannot be had",
     "optim.learning_rate=1e-5": r"optim.min_learning_rate=0.0012 is above learning_rate=1e-05, so the rate would rise",

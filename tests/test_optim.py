@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.config import Optim
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
 from ostro.optim import SCHEDULES, build_optimizer, clip_factor, learning_rate, state_tensors
+from ostro.sections import Optim
 
 SMALL = ModelConfig(
     vocab_size=20,

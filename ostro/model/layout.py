@@ -9,12 +9,13 @@ planner read this table. Names are those of a Hugging Face checkpoint, with the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from ostro.model.settings import ROUTERS_WITH_BIAS, ModelConfig
+from ostro.model.settings import ROUTERS_WITH_BIAS, LoraConfig, ModelConfig
 
-Dim = Literal["vocab", "heads", "kv_heads", "ffn", "expert", "half", "model"]
+Dim = Literal["vocab", "heads", "kv_heads", "ffn", "expert", "half", "model", "rank"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Kind:
     def is_small(self) -> bool:
         """Whether it is a norm or the router's: a few values in 100,000, left in fp32 and whole on every rank."""
         return not self.is_matrix or self is GATE
+
+    @property
+    def target(self) -> str:
+        """The short name by which LoRA targets it (`settings.TARGETS`): `q_proj`, `w13`, `lm_head`."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
 
 
 EMBEDDING = Kind("model.embed_tokens.weight", ("vocab", "model"))
@@ -104,6 +110,49 @@ def parameters(config: ModelConfig) -> Iterator[Parameter]:
 def table(config: ModelConfig) -> dict[str, Parameter]:
     """Return the parameters of a model by name."""
     return {parameter.name: parameter for parameter in parameters(config)}
+
+
+# LoRA's tensors for one parameter: PEFT's lora_A and lora_B (for an embedding, lora_embedding_A and _B), and of DoRA
+# the magnitude of each row. They stand beside their parameter.
+LORA_A, LORA_B, LORA_MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
+
+
+def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> Iterator[Parameter]:
+    """Yield what LoRA adds to a model, in the model's order: of each target A, B and, with DoRA, the magnitude.
+
+    Of a matrix [out, in] A is [rank, in] and B [out, rank]; of the stacked experts each has its own: w13 has A
+    [E, rank, D] and B [E, 2, F, rank], so gate and up share an A; w2 has A [E, rank, F] and B [E, D, rank]. Of the
+    embedding [V, D], which is looked up and not multiplied, A is [rank, V] and B [D, rank]. `q_proj.weight` has
+    `q_proj.lora_A`; `experts.w13` has `experts.w13_lora_A`.
+    """
+    for parameter in parameters(config):
+        if parameter.kind.target in lora.matrices:
+            for kind in adapter_kinds(parameter.kind, lora.dora):
+                size: dict[Dim, int] = {**sizes(config), "rank": lora.rank}
+                name = kind.name.format(layer=parameter.layer)
+                yield Parameter(name, tuple(size[dim] for dim in kind.dims), kind, parameter.layer)
+
+
+@functools.cache
+def adapter_kinds(kind: Kind, dora: bool) -> tuple[Kind, ...]:
+    """Return the kinds of A, B and, with DoRA, the magnitude, of one kind of parameter."""
+    stack, (out, inner) = kind.dims[:-2], kind.dims[-2:]
+    if kind is EMBEDDING:
+        out, inner = inner, out
+    is_module = kind.name.endswith(".weight")
+    prefix = kind.name.removesuffix("weight") if is_module else f"{kind.name}_"
+    shared: tuple[Dim, ...] = tuple(dim for dim in stack if dim != "half")
+    made = (
+        Kind(prefix + LORA_A, (*shared, "rank", inner)),
+        Kind(prefix + LORA_B, (*stack, out, "rank")),
+        Kind(prefix + LORA_MAGNITUDE, (*stack, out)),
+    )
+    return made if dora else made[:2]
+
+
+def adapter_table(config: ModelConfig, lora: LoraConfig | None) -> dict[str, Parameter]:
+    """Return LoRA's parameters of a model by name; none without LoRA."""
+    return {} if lora is None else {p.name: p for p in adapter_parameters(config, lora)}
 
 
 def num_parameters(config: ModelConfig) -> int:

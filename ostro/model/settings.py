@@ -229,3 +229,67 @@ class MoeConfig:
 
 _WORDS = {"balance": Balance, "drop": Drop, "capacity_group": CapacityGroup, "kernels": Kernels}
 _OF_CAPACITY = ("drop", "capacity_group", "min_capacity", "capacity_multiple")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): y = W·x + scale·B·A·x, of which A [rank, in] and B [out, rank] are trained.
+
+    `targets` are groups (`TARGET_GROUPS`) or single matrices (`TARGETS`). Each expert has an A and a B of its own; gate
+    and up (`w13`) share an A, as in PEFT's format. The scale is alpha/rank, with `rslora` alpha/√rank (arXiv
+    2312.03732). `dropout` falls on the input of A, `dora` trains the norm of each row as well (arXiv 2402.09353); both
+    are for the matrices of attention and the head alone, since PEFT's format has neither for experts. `quantize` nf4
+    holds W of attention and experts in 4 bits (arXiv 2305.14314). Raises ConfigError for anything else.
+    """
+
+    targets: tuple[str, ...] = ("attention", "experts")
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    dora: bool = False
+    quantize: Literal["nf4"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError(f"lora.targets is empty: name groups ({', '.join(TARGET_GROUPS)}) or matrices.")
+        known = (*TARGET_GROUPS, *TARGETS)
+        for target in self.targets:
+            if target in _HALVES:
+                raise ConfigError(
+                    f"lora.targets names {target} alone, which PEFT's format cannot say: it has one A for an expert's "
+                    "gate and up. Name w13, which is both, or the group experts."
+                )
+            if target not in known:
+                raise ConfigError(f"lora.targets names {target!r}; known: {', '.join(known)}.{nearest(target, known)}")
+        plain = [name for name in self.matrices if name in NO_DROPOUT_NO_DORA]
+        for setting, is_set in (("dropout", self.dropout > 0), ("dora", self.dora)):
+            if is_set and plain:
+                raise ConfigError(
+                    f"lora.{setting} is for attention and lm_head alone, since PEFT's format has none for "
+                    f"{', '.join(plain)}: leave it out, or take these from lora.targets."
+                )
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices that are corrected, by short name, each once, in the model's order."""
+        named = {name for target in self.targets for name in TARGET_GROUPS.get(target, (target,))}
+        return tuple(name for name in TARGETS if name in named)
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+# The matrices that LoRA can correct, by the last part of their names (Hugging Face's; the experts' are stacked).
+TARGETS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate", "w13", "w2", "lm_head")
+TARGET_GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "experts": ("w13", "w2"),
+    "router": ("gate",),
+    "lm_head": ("lm_head",),
+    "embeddings": ("embed_tokens",),
+}
+NO_DROPOUT_NO_DORA = ("embed_tokens", "gate", "w13", "w2")
+_HALVES = ("w1", "w3", "gate_proj", "up_proj")

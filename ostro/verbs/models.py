@@ -1,0 +1,125 @@
+"""The verbs that use a model: evaluate it, let it write."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ostro.verbs.options import Dtype, Model, TokenizerOption
+
+if TYPE_CHECKING:
+    from ostro.serve.engine import Completion, Engine
+    from ostro.serve.sampling import Sampling
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[list[str], typer.Argument(help="Prepared data, or text.")],
+    seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
+    kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Print loss, perplexity, bits per byte and expert load."""
+    import tempfile
+
+    from ostro.data import shards
+    from ostro.data.prepare import prepare as run_prepare
+    from ostro.data.tasks import Settings
+    from ostro.dataset import check_data
+    from ostro.errors import ConfigError
+    from ostro.evaluate import evaluate as run_evaluate
+    from ostro.serve.engine import load_model, tokenizer_of
+
+    loaded = load_model(model, dtype)
+    words = tokenizer_of(model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = [path for path in data if not shards.is_prepared(path)]
+        folders = [Path(path) for path in data if shards.is_prepared(path)]
+        if raw:
+            run_prepare(raw, Path(folder) / "data", tokenizer=words, settings=Settings(kind))
+            folders.append(Path(folder) / "data")
+        opened = [shards.open_shards(path) for path in folders]
+        for path, one in zip(folders, opened, strict=True):
+            check_data(path, one, words, loaded.config)
+        if seq_length > loaded.config.max_position_embeddings:
+            raise ConfigError(
+                f"--seq-length {seq_length} is more than the model's {loaded.config.max_position_embeddings} positions."
+            )
+        result = run_evaluate(loaded, opened, seq_length)
+    bits = "" if math.isnan(result.bits_per_byte) else f"bits/byte {result.bits_per_byte:.4f}  "
+    typer.echo(
+        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {bits}"
+        f"({result.num_tokens:,} tokens, {result.num_bytes:,} bytes, {result.seconds:.1f} s)"
+    )
+    for layer, loads in enumerate(result.expert_load):
+        typer.echo(f"layer {layer:>2} expert load  " + "  ".join(f"{load:5.1%}" for load in loads))
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to complete.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
+    max_new_tokens: int = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int, typer.Option(help="Each prompt draws from a generator of its own with this seed.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Complete prompts; one alone is streamed."""
+    from ostro.errors import RequestError
+    from ostro.serve.engine import Engine, load_model, tokenizer_of
+    from ostro.serve.sampling import Sampling
+
+    texts = list(prompts or []) + (_read_prompts(prompts_file) if prompts_file else [])
+    if not texts:
+        raise RequestError("there is no prompt: give one or more, or --prompts FILE.")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
+        raise RequestError(f"--out {out} cannot be written: name a file in a folder that exists.")
+    engine = Engine(load_model(model, dtype), tokenizer_of(model, tokenizer))
+    if len(texts) == 1 and out is None:
+        _stream(engine, texts[0], sampling)
+        return
+    _write_completions(engine.generate(texts, sampling), out)
+
+
+def _stream(engine: Engine, prompt: str, sampling: Sampling) -> None:
+    untold = [prompt]  # shown with the first text, when nothing can be wrong with it any more
+
+    def show(_: int, text: str) -> None:
+        print(*[untold.pop()] if untold else [], text, sep="", end="", flush=True)
+
+    engine.generate([prompt], sampling, show)
+    print(*untold)
+
+
+def _read_prompts(file: Path) -> list[str]:
+    from ostro.errors import DataError
+
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}.") from None
+
+
+def _write_completions(completions: list[Completion], out: Path | None) -> None:
+    import json
+
+    from ostro import log
+
+    if out is None:
+        typer.echo("\n\n".join(f"{c.prompt}{c.text}" for c in completions))
+        return
+    rows = [{"prompt": c.prompt, "text": c.text, "finish_reason": c.finish_reason} for c in completions]
+    log.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    typer.echo(f"wrote {len(rows)} completions to {out}")

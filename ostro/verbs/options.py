@@ -1,0 +1,13 @@
+"""Arguments that several verbs take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or a run directory.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="v1, v3, a .model, a tokenizer.json, or a folder.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
