@@ -57,6 +57,7 @@ class Config(Section):
             raise ValueError(
                 "train.exact computes without moe.kernels and moe.fp8, so asking for them means nothing: leave them out"
             )
+        self._require_lora()
         self._require_layout()
         if self.moe.balance == "hf" and train.micro_batch_sequences < train.global_batch_sequences:
             raise ValueError(
@@ -69,6 +70,28 @@ class Config(Section):
                 f"max_position_embeddings={self.model.max_position_embeddings}: lower the one or raise the other"
             )
         return self
+
+    def _require_lora(self) -> None:
+        """Refuse what LoRA cannot do, or would silently not do."""
+        if self.lora is None:
+            return
+        lora = self.lora.settings()
+        if self.model.tie_word_embeddings and {"lm_head", "embed_tokens"} & set(lora.matrices):
+            raise ValueError("lora.targets names the embedding or the head, which are one matrix in this model")
+        if self.moe.fp8:
+            raise ValueError("moe.fp8 is for training the experts themselves: leave it out, or lora")
+        if lora.quantize and self.train.exact:
+            raise ValueError("train.exact computes from whole matrices: leave it out, or lora.quantize")
+        sizes = {name: getattr(self.model, name) for name in ("hidden_size", "intermediate_size")}
+        sizes |= {"num_attention_heads·head_dim": self.model.num_attention_heads * self.model.head_dim}
+        sizes["intermediate_size over etp"] = self.model.intermediate_size // self.parallel.etp
+        sizes["num_attention_heads·head_dim over tp"] = sizes["num_attention_heads·head_dim"] // self.parallel.tp
+        for name, size in sizes.items():
+            if lora.quantize and size % 64:
+                raise ValueError(
+                    f"lora.quantize=nf4 scales 64 values of a row together, and {name}={size} is no multiple of that: "
+                    "leave quantize out, or change the layout"
+                )
 
     def _require_layout(self) -> None:
         """Refuse, with LayoutError or ValueError, what the layout cannot do or would silently not mean."""
@@ -101,6 +124,11 @@ class Config(Section):
             raise ValueError("moe.balance=hf is a formula over one process's layers and tokens: balance per sequence")
         if train.compile and parallel.schedule == "zero_bubble":
             raise ValueError("train.compile cannot split backward passes as zero_bubble does: take another schedule")
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is drawn for each token: the router's jitter, or LoRA's dropout."""
+        return bool(self.moe.router_jitter_noise or (self.lora and self.lora.dropout))
 
     def as_yaml(self) -> str:
         """Return the config as a recipe that gives it back."""

@@ -130,6 +130,20 @@ class Degrees:
             sizes[dim] = min(each, sizes[dim] - start)
         return (tuple(offsets), tuple(sizes)) if all(sizes) else None
 
+    def cut(self, rank: int, dims: Sequence[str], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return offsets and sizes of what tp, ep and etp leave of a parameter to a rank, before it is sharded."""
+        sizes, offsets = self.part(dims, shape), [0] * len(shape)
+        for name, index, _ in self._cuts(rank, dims):
+            offsets[dims.index(name)] = index * sizes[dims.index(name)]
+        return tuple(offsets), sizes
+
+    def copies(self, dims: Sequence[str]) -> list[list[int]]:
+        """Return which places of a stage hold the same part of a parameter that is cut and not sharded."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for place in range(self.num_ranks // self.pp):
+            found.setdefault(tuple(index for _, index, _ in self._cuts(place, dims)), []).append(place)
+        return list(found.values())
+
     def part(self, dims: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape that is left of a parameter where tp, ep and etp have cut it, before it is sharded."""
         sizes = list(shape)

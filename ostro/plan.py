@@ -32,9 +32,9 @@ from ostro.machine import usable_cores
 from ostro.model import ops, routing
 from ostro.optim import build_optimizer
 from ostro.parallel import memory
-from ostro.parallel.apply import World, parallelize
+from ostro.parallel.apply import World, mesh_of, parallelize
 from ostro.parallel.counting import CATEGORIES, Category, Footprint, Sent, Traffic
-from ostro.parallel.mesh import Mesh, open_mesh
+from ostro.parallel.mesh import Mesh
 from ostro.train import add_gradients, update
 
 ASSUMED = (
@@ -89,7 +89,7 @@ def dry_run(config: Config, rank: int, *, as_accelerator: bool = True) -> DryRun
     start = time.perf_counter()
     dtype = torch.float32 if config.train.dtype == "fp32" else torch.bfloat16
     with _fake_ranks(rank, degrees.num_ranks):
-        mesh = open_mesh(degrees, torch.device("cpu"))
+        mesh = mesh_of(config, torch.device("cpu"))
         with FakeTensorMode(allow_non_fake_inputs=True), ops.without_values(as_accelerator):
             return _one_step(config, mesh, dtype, start)
 
@@ -143,7 +143,7 @@ def _batches(config: Config, mesh: Mesh, multiple: int, stats_LS: Tensor) -> lis
     for first in range(0, num_rows, train.micro_batch_sequences):
         count = min(train.micro_batch_sequences, num_rows - first)
         with _real_tensors():
-            draws = [0] * count if config.moe.router_jitter_noise else None
+            draws = [0] * count if config.draws else None
             batch = batch_of([row] * count, mesh.device, draws_from=draws, multiple=multiple)
         spans = dataclasses.replace(_shapes(batch.spans), balance_scale=1.0, stats_LS=stats_LS)
         batches.append(dataclasses.replace(_shapes(batch), spans=spans))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def state_of(config: Config, data: Mapping[str, Any], *, step: int, num_tokens: 
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "data": data,
         "model": config.model.as_fields(),
+        "lora": config.lora and config.lora.model_dump(mode="json"),
+        "base": config.weights.path and os.path.abspath(config.weights.path),
         "config": _settings(config),
     }
 
@@ -58,6 +61,7 @@ def require_same(folder: Path, state: Mapping[str, Any], config: Config, data: M
     for name, now, then in (
         *((f"{section(k)}.{k}", v, before.get(k)) for k, v in dataclasses.asdict(config.model).items()),
         *((k, v, state["data"].get(k)) for k, v in data.items()),
+        ("lora", config.lora and config.lora.model_dump(mode="json"), state.get("lora")),
     ):
         if now != then:
             raise ConfigError(

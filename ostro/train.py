@@ -31,11 +31,11 @@ from ostro.machine import keep_freed_memory
 from ostro.model import layout, routing
 from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
-from ostro.parallel.apply import World, parallelize
-from ostro.parallel.mesh import first_of_host, host_group, open_mesh
+from ostro.parallel.apply import World, mesh_of, parallelize
+from ostro.parallel.mesh import first_of_host, host_group
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import FORMATS, NO_HINTS, dcp, detect, open_reader
-from ostro.weights.parts import Held, load_held, load_weights
+from ostro.weights.parts import Held, load_held
 from ostro.weights.saver import Saved, Saver, every_name
 from ostro.weights.saver import newest as newest_of_all
 from ostro.weights.store import RandomReader, Reader, architecture_difference
@@ -90,7 +90,7 @@ class Run:
 
     def held(self) -> dict[str, Held]:
         """What this rank has of the weights and the optimizer's state."""
-        return self.world.held(state_tensors(self.world.parameters(), self.optimizer))
+        return self.world.held(state_tensors(self.world.saved_parameters(), self.optimizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +133,7 @@ def set_up(config: Config) -> Run:
         eval_shards = open_data(config, config.data.eval_path, tokenizer) if config.data.eval_path else []
     if device.type == "cpu":
         keep_freed_memory()  # not before: preparing data gives back what its encoder had
-    world = parallelize(
-        config,
-        open_mesh(config.parallel.degrees(), device, is_tied=config.model.tie_word_embeddings),
-        checks.compute_dtype(config, device),
-    )
+    world = parallelize(config, mesh_of(config, device), checks.compute_dtype(config, device))
     run = Run(
         config=config,
         run_dir=run_dir,
@@ -166,10 +162,13 @@ def _start_or_resume(run: Run) -> None:
         raise ConfigError(f"{run_dir} already holds {newest.name} and checkpoint.resume=never: choose another run.dir.")
     if newest is None and config.checkpoint.resume == "must":
         raise ConfigError(f"{run_dir} holds no whole checkpoint to resume from: check run.dir.")
+    if newest is None or config.lora is not None:  # whose checkpoints hold the adapter alone
+        reader = _start_weights(config, run.tokenizer)
+        run.world.load(reader)
+        if newest is None:
+            run.world.load_fresh_adapter(reader, config.train.seed)
     if newest is not None:
         _resume(run, newest)
-    else:
-        load_weights(_start_weights(config, run.tokenizer), run.world.held_parameters())
 
 
 def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
@@ -242,7 +241,8 @@ def train_step(run: Run) -> StepStats:
     rows = run.loader.rows(run.step, train.global_batch_sequences, mesh.data_rank, mesh.num_data_ranks)
     require_known(rows, config.model.vocab_size, f"step {run.step + 1}")
     counted = rows if world.counts_data else []
-    flops = layout.training_flops(config.model, [n for row in counted for n in row.document_lengths])
+    lengths = [n for row in counted for n in row.document_lengths]
+    flops = layout.training_flops(config.model, lengths, world.lora)
     totals = [sum(float(row.weights_L.sum()) for row in counted), sum(len(row.tokens_L) for row in counted), flops]
     totals_3 = torch.tensor(totals, dtype=torch.float64, device=device)
     num_labels, num_tokens, flops = world.sum_over_ranks(totals_3).tolist()
@@ -256,7 +256,7 @@ def train_step(run: Run) -> StepStats:
             device,
             balance_scale=1.0 / num_tokens,
             stats_LS=stats_LS,
-            draws_from=_draws_from(run, first, len(rows)) if config.moe.router_jitter_noise else None,
+            draws_from=_draws_from(run, first, len(rows)) if config.draws else None,
             multiple=world.multiple,
         )
         for first in range(0, len(rows), train.micro_batch_sequences)

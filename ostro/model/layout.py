@@ -40,6 +40,11 @@ class Kind:
         return not self.is_matrix or self is GATE
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether it is LoRA's A, B or magnitude: trained in fp32, and not sharded but cut as its parameter is."""
+        return "lora_" in self.name
+
+    @property
     def target(self) -> str:
         """The short name by which LoRA targets it (`settings.TARGETS`): `q_proj`, `w13`, `lm_head`."""
         return self.name.removesuffix(".weight").rpartition(".")[2]
@@ -58,6 +63,9 @@ W13 = Kind("model.layers.{layer}.block_sparse_moe.experts.w13", ("expert", "half
 W2 = Kind("model.layers.{layer}.block_sparse_moe.experts.w2", ("expert", "model", "ffn"))
 NORM = Kind("model.norm.weight", ("model",))
 HEAD = Kind("lm_head.weight", ("vocab", "model"))
+
+# What LoRA may keep in 4 bits; bitsandbytes and transformers leave embedding, head and router as they are, too.
+QUANTIZED = (Q, K, V, O, W13, W2)
 
 LAYER_KINDS = (INPUT_NORM, Q, K, V, O, POST_NORM, GATE, W13, W2)
 KINDS = (EMBEDDING, *LAYER_KINDS, NORM, HEAD)
@@ -175,16 +183,28 @@ def num_active_parameters(config: ModelConfig) -> int:
     return total
 
 
-def training_flops(config: ModelConfig, document_lengths: Iterable[int]) -> float:
+def num_adapter_parameters(config: ModelConfig, lora: LoraConfig | None, active: bool = False) -> int:
+    """Return the number of LoRA's parameters; `active` ones multiply one token."""
+    total = 0
+    for parameter in adapter_table(config, lora).values():
+        is_expert = active and len(parameter.shape) > 2
+        share = config.num_experts_per_tok / config.num_local_experts if is_expert else 1
+        total += int(_count(parameter.shape) * share)
+    return total
+
+
+def training_flops(config: ModelConfig, document_lengths: Iterable[int], lora: LoraConfig | None = None) -> float:
     """Return the floating-point operations of one forward and backward pass, recompute not counted.
 
-    6 per active parameter and token, and for attention 12·H·C·Σn²/2 per layer: causal attention computes half of the
-    n² scores of a document of n tokens (the accounting of arXiv 2204.02311, appendix B, with the causal half).
+    6 per active parameter and token (with LoRA 4, since frozen ones have no gradients, and 6 of its own), and for
+    attention 12·H·C·Σn²/2 per layer: causal attention computes half of the n² scores of a document of n tokens (the
+    accounting of arXiv 2204.02311, appendix B, with the causal half).
     """
     lengths = list(document_lengths)
     scores = sum(n * n for n in lengths) / 2
     width = config.num_attention_heads * config.head_dim
-    return 6.0 * num_active_parameters(config) * sum(lengths) + 12.0 * config.num_hidden_layers * width * scores
+    products = (4.0 if lora else 6.0) * num_active_parameters(config) + 6.0 * num_adapter_parameters(config, lora, True)
+    return products * sum(lengths) + 12.0 * config.num_hidden_layers * width * scores
 
 
 def _count(shape: tuple[int, ...]) -> int:

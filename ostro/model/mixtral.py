@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from ostro.model import ops
 from ostro.model.attention import Attend, attend
 from ostro.model.balance import hf_balance
+from ostro.model.corrected import linear
+from ostro.model.lora import Correction
 from ostro.model.moe import MoE, dispatch_loop
+from ostro.model.quant import NF4
 from ostro.model.routing import Routing
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import Spans
@@ -25,14 +28,18 @@ HeadLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Module):
-    """A product with weight [out, in]; Mixtral has no biases."""
+    """A product with weight [out, in], which LoRA may correct; Mixtral has no biases."""
+
+    weight: nn.Parameter | NF4
+    correction: Correction | None = None
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_out, num_in))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+    def forward(self, x: Tensor, draws_T: Tensor | None = None) -> Tensor:
+        y = linear(x, self.weight)
+        return y if self.correction is None else self.correction(self, x, y, draws_T)
 
 
 class RMSNorm(nn.Module):
@@ -62,10 +69,11 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], spans: Spans) -> Tensor:
         # -1 heads: under tensor parallel a rank has fewer of them.
-        q_THC = ops.apply_rope(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)), rope)
-        k_TKC = ops.apply_rope(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), rope)
-        v_TKC = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(self.attend(q_THC, k_TKC, v_TKC, spans, self.window).flatten(-2))
+        draws_T = spans.attended_draws_T
+        q_THC = ops.apply_rope(self.q_proj(x_TD, draws_T).unflatten(-1, (-1, self.head_dim)), rope)
+        k_TKC = ops.apply_rope(self.k_proj(x_TD, draws_T).unflatten(-1, (-1, self.head_dim)), rope)
+        v_TKC = self.v_proj(x_TD, draws_T).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(self.attend(q_THC, k_TKC, v_TKC, spans, self.window).flatten(-2), draws_T)
 
 
 class Block(nn.Module):
@@ -85,14 +93,21 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The token table [V, D]."""
+    """The token table [V, D], which LoRA may correct."""
+
+    correction: Correction | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        return ops.embedding(tokens_T, self.weight)
+        return self.lookup(tokens_T)
+
+    def lookup(self, tokens_T: Tensor) -> Tensor:
+        """Return the tokens' rows of what is here of the table."""
+        found_TD = ops.embedding(tokens_T, self.weight)
+        return found_TD if self.correction is None else self.correction.of_rows(self, tokens_T, found_TD)
 
 
 class Body(nn.Module):
@@ -138,7 +153,9 @@ class Mixtral(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output matrix [V, D]: its own, or the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, tokens_T: Tensor, spans: Spans) -> Tensor:
         """Return the final normed hidden states [T, D]; statistics go into `spans`.
@@ -161,13 +178,18 @@ class Mixtral(nn.Module):
             x_TD = ops.attach_loss(x_TD, balance)
         return self.model.norm(x_TD) if self.is_last else x_TD
 
+    def head(self, x_TD: Tensor, draws_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what is multiplied to logits: final hidden states and the output matrix, wider where LoRA corrects."""
+        correction = None if self.config.tie_word_embeddings else self.lm_head.correction
+        return (x_TD, self.head_weight) if correction is None else correction.of_head(self.lm_head, x_TD, draws_T)
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the logits [T, V] of final hidden states, fp32."""
-        return ops.linear(x_TD, self.head_weight).float()
+        return ops.linear(*self.head(x_TD)).float()
 
     def loss(self, tokens_T: Tensor, spans: Spans, labels_T: Tensor, weights_T: Tensor) -> Tensor:
         """Return `Σ weight · −log p(label)` in nats, fp32; the balancing losses ride on its backward pass."""
-        x_TD = self(tokens_T, spans)
+        x_TD, head_VD = self.head(self(tokens_T, spans), spans.draws_T)
         if self.exact:
-            return ops.cross_entropy(self.logits(x_TD), labels_T, weights_T)
-        return self.head_loss(x_TD, self.head_weight, labels_T, weights_T)
+            return ops.cross_entropy(ops.linear(x_TD, head_VD).float(), labels_T, weights_T)
+        return self.head_loss(x_TD, head_VD, labels_T, weights_T)

@@ -17,33 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ostro import device
-from ostro.model import kernels, ops
+from ostro.model import corrected, kernels, layout, ops
 from ostro.model.balance import SumCounts, alone, batch_balance, sequence_balance, z_loss
 from ostro.model.capacity import within_capacity
+from ostro.model.corrected import Corrected, Stack, slices
 from ostro.model.kernels.grouped import run_ordered
 from ostro.model.kernels.order import balanced_ends, order_by_expert
+from ostro.model.lora import Correction
+from ostro.model.quant import NF4
 from ostro.model.routing import ROUTERS, Routing, count, jitter
-from ostro.model.settings import ROUTERS_WITH_BIAS, Kernels, ModelConfig, MoeConfig
+from ostro.model.settings import ROUTERS_WITH_BIAS, Kernels, LoraConfig, ModelConfig, MoeConfig
 from ostro.model.spans import Spans
 
-Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+Dispatch = Callable[[Tensor, Routing, Stack, Stack], Tensor]
 Limit = Callable[[Routing, Spans, MoeConfig], Routing]
 
 
-def dispatch_loop(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+def dispatch_loop(x_TD: Tensor, routing: Routing, w13: Stack, w2: Stack) -> Tensor:
     """The oracle: each expert picks its tokens, multiplies, weighs and adds (as transformers' eager path does)."""
     out_TD = torch.zeros_like(x_TD)
     for expert in range(len(w2)):
         token_n, choice_n = torch.where(routing.experts_TA == expert)
-        gate, up = (ops.linear(x_TD[token_n], w13[expert, half]) for half in (0, 1))
-        y_nD = ops.linear(ops.swiglu(gate, up), w2[expert])
+        gate, up = (corrected.expert_linear(x_TD[token_n], w13, expert, (half,)) for half in (0, 1))
+        y_nD = corrected.expert_linear(ops.swiglu(gate, up), w2, expert)
         weighted = y_nD * routing.weights_TA[token_n, choice_n, None]
         out_TD = out_TD.index_add(0, token_n, weighted.to(x_TD.dtype))
     return out_TD
 
 
 def dispatch(
-    x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor, kernels_named: Kernels = "auto", use_fp8: bool = False
+    x_TD: Tensor, routing: Routing, w13: Stack, w2: Stack, kernels_named: Kernels = "auto", use_fp8: bool = False
 ) -> Tensor:
     """Send each token to its experts and return the weighted sum of their answers, [T, D].
 
@@ -51,7 +54,7 @@ def dispatch(
     and `use_fp8` concern accelerators with grouped products alone: which passes lie between them (`kernels.choose`),
     and whether the products' operands are rounded to fp8.
     """
-    if device.is_cuda(x_TD.device) and _can_group(x_TD, w13) and len(x_TD):
+    if device.is_cuda(x_TD.device) and _can_group(x_TD, w13, w2) and len(x_TD):
         return dispatch_grouped(x_TD, routing, w13, w2, kernels_named, use_fp8)
     order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
     x_ND = x_TD[order.order_N // order.num_choices]
@@ -62,30 +65,35 @@ def dispatch(
 
 
 def dispatch_grouped(
-    x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor, kernels_named: Kernels = "auto", use_fp8: bool = False
+    x_TD: Tensor, routing: Routing, w13: Stack, w2: Stack, kernels_named: Kernels = "auto", use_fp8: bool = False
 ) -> Tensor:
     """As `dispatch`, with one grouped product per projection: the host never waits, dropped choices cost nothing."""
     order = order_by_expert(routing.experts_TA, routing.kept_TA, len(w2))
-    w13, w2 = ops.cast(w13, x_TD.dtype), ops.cast(w2, x_TD.dtype)
+    w13, w2 = (w.cast(x_TD.dtype) if isinstance(w, Corrected) else ops.cast(w, x_TD.dtype) for w in (w13, w2))
     passes = kernels.choose(kernels_named, x_TD.device)
     return run_ordered(x_TD, routing.weights_TA, order, w13, w2, passes, use_fp8)
 
 
-def run_experts(x_ND: Tensor, ends: list[int], w13: Tensor, w2: Tensor) -> Tensor:
+def run_experts(x_ND: Tensor, ends: list[int], w13: Stack, w2: Stack) -> Tensor:
     """Run each expert on its slice of sorted rows, one product after another; returns [N, D].
 
     `ends` are the ends of each expert's rows; rows past the last are nobody's and give 0, as do their gradients. The
     backward pass writes each expert's gradient straight into its place of the stacked ones: indexing a stacked
     parameter instead would have autograd add up E tensors of the full size.
     """
+    if isinstance(w13, Corrected) and isinstance(w2, Corrected):
+        return corrected.run_experts(x_ND, ends, w13, w2)
+    assert isinstance(w13, Tensor)
+    assert isinstance(w2, Tensor)
     if not ops.splits_backward():  # which adds to the weights themselves
         w13, w2 = ops.cast(w13, x_ND.dtype), ops.cast(w2, x_ND.dtype)
     return _SlicedExperts.apply(x_ND, ends, w13, w2)  # type: ignore[return-value]
 
 
-def _can_group(x_ND: Tensor, w13: Tensor) -> bool:
+def _can_group(x_ND: Tensor, w13: Stack, w2: Stack) -> bool:
     # torch wants every stride of a grouped product to be a multiple of 16 bytes.
-    return x_ND.dtype == torch.bfloat16 and w13.shape[-1] % 8 == 0 and w13.shape[-2] % 8 == 0
+    ranks = [w.b.shape[-1] for w in (w13, w2) if isinstance(w, Corrected) and w.b is not None]
+    return x_ND.dtype == torch.bfloat16 and not any(size % 8 for size in (*w13.shape[-2:], *ranks))
 
 
 class _SlicedExperts(torch.autograd.Function):
@@ -96,7 +104,7 @@ class _SlicedExperts(torch.autograd.Function):
         ffn = w13.shape[2]
         h_N2F = x_ND.new_empty(len(x_ND), 2 * ffn)
         y_ND = torch.empty_like(x_ND)
-        for expert, rows in _slices(ends):
+        for expert, rows in slices(ends):
             h = h_N2F[rows]
             ops.mm(x_ND[rows], w13[expert].flatten(0, 1).t(), h)
             ops.mm(ops.swiglu(h[:, :ffn], h[:, ffn:]), w2[expert].t(), y_ND[rows])
@@ -111,13 +119,13 @@ class _SlicedExperts(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND)
         if ops.splits_backward():
             grad_h_N2F = torch.empty_like(h_N2F)
-            for expert, rows in _slices(ends):
+            for expert, rows in slices(ends):
                 _input_gradients(grad_y[rows], h_N2F[rows], w13[expert], w2[expert], grad_h_N2F[rows], grad_x[rows])
             ops.leave_for_later(ctx.weights, lambda: _weight_gradients(grad_y, x_ND, h_N2F, grad_h_N2F, ends, w13, w2))
             grad_x[ends[-1] :] = 0
             return grad_x, None, None, None
         grad_w13, grad_w2 = torch.empty_like(w13), torch.empty_like(w2)
-        for expert, rows in _slices(ends):
+        for expert, rows in slices(ends):
             if rows.start == rows.stop:
                 grad_w13[expert].zero_()
                 grad_w2[expert].zero_()
@@ -151,19 +159,22 @@ def _weight_gradients(
     grad_y: Tensor, x_ND: Tensor, h_N2F: Tensor, grad_h_N2F: Tensor, ends: list[int], w13: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad_w13, grad_w2 = torch.zeros_like(w13), torch.zeros_like(w2)
-    for expert, rows in _slices(ends):
+    for expert, rows in slices(ends):
         gate, up = h_N2F[rows].chunk(2, dim=1)
         ops.mm(grad_y[rows].t(), ops.swiglu(gate, up), grad_w2[expert])
         ops.mm(grad_h_N2F[rows].t(), x_ND[rows], grad_w13[expert].flatten(0, 1))
     return grad_w13, grad_w2
 
 
-def _slices(ends: list[int]) -> list[tuple[int, slice]]:
-    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends))]
-
-
 class Experts(nn.Module):
-    """The stacked weights of a layer's experts, w13 [E, 2, F, D] (gate, up) and w2 [E, D, F], and who asks them."""
+    """The stacked weights of a layer's experts, w13 [E, 2, F, D] (gate, up) and w2 [E, D, F], and who asks them.
+
+    With `lora` they are frozen, and corrected where they are targets.
+    """
+
+    w13: nn.Parameter | NF4
+    w2: nn.Parameter | NF4
+    lora: LoraConfig | None = None
 
     def __init__(self, config: ModelConfig, moe: MoeConfig) -> None:
         super().__init__()
@@ -173,11 +184,20 @@ class Experts(nn.Module):
         self.dispatch: Dispatch = functools.partial(dispatch, kernels_named=moe.kernels, use_fp8=moe.fp8)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        return self.dispatch(x_TD, routing, self.w13, self.w2)
+        return self.dispatch(x_TD, routing, self._stack("w13"), self._stack("w2"))
+
+    def _stack(self, name: str) -> Stack:
+        weight = getattr(self, name)
+        if self.lora is None:
+            return weight
+        a, b = (getattr(self, f"{name}_{part}", None) for part in (layout.LORA_A, layout.LORA_B))
+        return Corrected(weight, a, b, self.lora.scale)
 
 
 class Gate(nn.Module):
     """The router's weight [E, D] and, where the router has one, the selection bias [E], which no gradient reaches."""
+
+    correction: Correction | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -187,7 +207,9 @@ class Gate(nn.Module):
             self.selection_bias = nn.Parameter(torch.zeros(config.num_local_experts), requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD.float(), self.weight.float())
+        x_TD = x_TD.float()
+        logits_TE = F.linear(x_TD, self.weight.float())
+        return logits_TE if self.correction is None else self.correction(self, x_TD, logits_TE, None)
 
 
 class MoE(nn.Module):

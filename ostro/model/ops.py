@@ -113,7 +113,7 @@ def leave_for_later(weights: Sequence[Tensor], gradients: Callable[[], Sequence[
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x @ weight.T` in x's dtype; the weight is cast to it."""
-    if _later:
+    if _later and weight.requires_grad and weight.is_leaf:
         return _SplitLinear.apply(x, weight)  # type: ignore[return-value]
     weight = cast(weight, x.dtype)
     if _products_in_fp32(x):
@@ -154,6 +154,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
     else:
         total += a @ b
+
+
+def add_scaled_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add `scale · a @ b` to `total`; all three share a dtype."""
+    if _products_in_fp32(a):
+        total.add_(product(a, b), alpha=scale)
+    else:
+        total.addmm_(a, b, alpha=scale)
 
 
 @contextlib.contextmanager
@@ -302,7 +310,8 @@ def linear_cross_entropy(
     is_cpu = _computes_as_cpu(x_TD)
     chunk_tokens = chunk_tokens or (1024 if is_cpu else 2048)
     tile_vocab = tile_vocab or (2048 if is_cpu else len(head_VD))
-    needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or head_VD.requires_grad)
+    # A frozen head (LoRA) needs no gradient, of which it would be a third of the work.
+    needs_grad = (torch.is_grad_enabled() and (x_TD.requires_grad or head_VD.requires_grad), head_VD.requires_grad)
     return _LinearCrossEntropy.apply(
         x_TD, head_VD, labels_T - words.first, weights_T, chunk_tokens, tile_vocab, words, needs_grad
     )  # type: ignore[return-value]
@@ -319,21 +328,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         tile_vocab: int,
         words: Words,
-        needs_grad: bool,
+        needs_grad: tuple[bool, bool],
     ) -> Tensor:
         head_VD = cast(master_VD, x_TD.dtype)
         num_rows = min(chunk_tokens, len(x_TD))
         probs, logits = x_TD.new_empty(num_rows * len(head_VD)), x_TD.new_empty(num_rows * tile_vocab)
         loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
-        grad_x = torch.empty_like(x_TD) if needs_grad else None
-        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if needs_grad else None
+        grad_x = torch.empty_like(x_TD) if needs_grad[0] else None
+        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if all(needs_grad) else None
         for start in range(0, len(x_TD), chunk_tokens):
             x, labels, weights = (t[start : start + chunk_tokens] for t in (x_TD, labels_T, weights_T))
             tiles, normaliser_TJ, label_logits_T = _softmax_tiles(x, head_VD, labels, probs, logits, tile_vocab)
             normaliser_T, label_logits_T = words.combine(normaliser_TJ.logsumexp(dim=1), label_logits_T)
             # Rounding alone can take −log p below 0.
             loss += ((normaliser_T - label_logits_T).clamp(min=0) * weights).sum()
-            if grad_x is None or grad_head is None:
+            if grad_x is None:
                 continue
             # d loss / d logits = weight · (softmax − one-hot). The label's p − 1 leaves its tile and goes its own way
             # in fp32: of a p rounded to 16 bits nothing would be left.
@@ -347,19 +356,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for j, (tile, head) in enumerate(zip(tiles, head_VD.split(tile_vocab), strict=True)):
                 factor = factor_TJ[:, j, None]
                 grad.addcmul_(product(tile, head), factor)
-                part = grad_head[j * tile_vocab : (j + 1) * tile_vocab]
-                add_product(part, tile.t(), (x * factor).to(x.dtype))
+                if grad_head is not None:
+                    part = grad_head[j * tile_vocab : (j + 1) * tile_vocab]
+                    add_product(part, tile.t(), (x * factor).to(x.dtype))
             grad_x[start : start + len(x)] = grad
-            grad_head.index_add_(0, labels, residual_T[:, None] * x)
-        if grad_x is not None and grad_head is not None:
-            ctx.save_for_backward(grad_x, grad_head.to(master_VD.dtype))
+            if grad_head is not None:
+                grad_head.index_add_(0, labels, residual_T[:, None] * x)
+        if grad_x is not None:
+            ctx.save_for_backward(grad_x, None if grad_head is None else grad_head.to(master_VD.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
         grad_x, grad_head = ctx.saved_tensors
         # In place: they are this backward's alone, and the head's is one of the largest tensors of a step.
-        return grad_x.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
+        grad_head = None if grad_head is None else grad_head.mul_(grad_loss)
+        return grad_x.mul_(grad_loss), grad_head, None, None, None, None, None, None
 
 
 def _softmax_tiles(

@@ -68,11 +68,15 @@ def jitter(x_TD: Tensor, draws_T: Tensor, layer: int, noise: float) -> Tensor:
     run is resumed, and whatever the micro-batches. Unlike in transformers, which multiplies in place, only the router
     sees it.
     """
-    key_T = _mixed(_mixed(draws_T) + layer)
-    channels_D = torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) * _GOLDEN
+    return x_TD.float() * (1.0 + noise * (2.0 * uniform(draws_T, layer, x_TD.shape[1]) - 1.0))
+
+
+def uniform(draws_T: Tensor, salt: int, num_channels: int, first_channel: int = 0) -> Tensor:
+    """Return numbers between 0 and 1 [T, channels], fp32: a pure function of (draw of the token, salt, channel)."""
+    key_T = _mixed(_mixed(draws_T) + salt)
+    channels_D = torch.arange(first_channel + 1, first_channel + num_channels + 1, device=draws_T.device) * _GOLDEN
     bits_TD = (_mixed(key_T[:, None] + channels_D) >> 40) & 0xFFFFFF
-    uniform_TD = (bits_TD.float() + 0.5) * 2.0**-24
-    return x_TD.float() * (1.0 + noise * (2.0 * uniform_TD - 1.0))
+    return (bits_TD.float() + 0.5) * 2.0**-24
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as an int64

@@ -270,6 +270,13 @@ class LoraConfig:
                     f"{', '.join(plain)}: leave it out, or take these from lora.targets."
                 )
 
+        if self.dora and self.quantize:
+            raise ConfigError(
+                "lora.dora takes the norms of whole rows at every step, and quantize=nf4 keeps none: leave one out."
+            )
+        if self.dora and self.dropout and "lm_head" in self.matrices:
+            raise ConfigError("lora.dora with dropout is not for lm_head: leave out one of the three.")
+
     @property
     def matrices(self) -> tuple[str, ...]:
         """The matrices that are corrected, by short name, each once, in the model's order."""

@@ -26,6 +26,7 @@ class Spans:
     sequence_lengths: tokens of each sequence, in order.
     valid_T: bool, False for padding (routed, but counted in no statistic and no loss).
     draws_T: int64, a number of its own for each token of a training, which jitter is drawn from; None draws none.
+    attended_draws_T: the same for the tokens it attends from, which dropout is drawn from.
     balance_scale: 1 / valid tokens of the whole optimizer step, over all ranks and micro-batches; 0 adds no loss.
     stats_LS: float64 [layers, routing.num_stats], added to by the model outside recompute; None keeps none.
     experts_LTA: int64 [layers, T, A], filled by the model with each token's experts, best first; None keeps none.
@@ -41,6 +42,7 @@ class Spans:
     stats_LS: Tensor | None = None
     experts_LTA: Tensor | None = None
     draws_T: Tensor | None = None
+    attended_draws_T: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -79,6 +81,7 @@ def spans_of(
     num_tokens = sum(lengths)
     if valid_T is None:
         valid_T = torch.ones(num_tokens, dtype=torch.bool)
+    draws_T = None if draws_T is None else draws_T.to(device)
     return Spans(
         positions_T=torch.cat(positions).to(device),
         document_lengths=lengths,
@@ -89,5 +92,6 @@ def spans_of(
         balance_scale=balance_scale,
         stats_LS=stats_LS,
         experts_LTA=experts_LTA,
-        draws_T=None if draws_T is None else draws_T.to(device),
+        draws_T=draws_T,
+        attended_draws_T=draws_T,
     )

@@ -16,15 +16,19 @@ from ostro.config import Config
 from ostro.degrees import stage_layers
 from ostro.model import layout, ops
 from ostro.model.balance import update_bias
+from ostro.model.lora import add as add_lora
 from ostro.model.mixtral import Mixtral
-from ostro.model.settings import ModelConfig
+from ostro.model.quant import NF4
+from ostro.model.settings import LoraConfig, ModelConfig
 from ostro.optim import parameter_of
 from ostro.parallel import context, expert, fsdp, recompute, tensor
-from ostro.parallel.mesh import Mesh
+from ostro.parallel.mesh import Mesh, open_mesh
 from ostro.parallel.mesh import alone as one_process
 from ostro.parallel.pipeline import Pipeline, Stage, split
-from ostro.weights.parts import Held
+from ostro.weights.fresh import FreshAdapter
+from ostro.weights.parts import Held, load_quantized, load_weights
 from ostro.weights.reshard import Box
+from ostro.weights.store import Reader
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,20 +38,37 @@ class World:
     mesh: Mesh
     model: ModelConfig
     pipeline: Pipeline
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         # Once: while they are gathered, modules name others in their place.
         stages = self.pipeline.stages
         self._parameters = {name: p for stage in stages for name, p in stage.model.named_parameters()}
-        self._table = layout.table(self.model)
+        self._adapters = layout.adapter_table(self.model, self.lora)
+        self._table = {**layout.table(self.model), **self._adapters}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return this rank's parameters by canonical name; of the sharded ones it holds a part."""
+        """Return this rank's parameters by canonical name, LoRA's among them; of the sharded ones it holds a part."""
         return self._parameters
 
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what a training checkpoint holds: all parameters, or LoRA's alone."""
+        return {name: p for name, p in self.parameters().items() if self.lora is None or name in self._adapters}
+
     def held_parameters(self) -> dict[str, Held]:
-        """Return this rank's parts of the parameters, with their places; those it has nothing of are left out."""
-        return self._held({name: (name, p.detach()) for name, p in self.parameters().items()})
+        """Return this rank's parts of the model's own parameters, with their places; of some it may have nothing."""
+        own = self.parameters().items()
+        return self._held({name: (name, p.detach()) for name, p in own if name not in self._adapters})
+
+    def held_adapters(self) -> dict[str, Held]:
+        """Return this rank's parts of LoRA's parameters, with their places."""
+        own = self.parameters().items()
+        return self._held({name: (name, p.detach()) for name, p in own if name in self._adapters})
+
+    def quantized(self) -> dict[str, NF4]:
+        """Return the parameters that are kept in 4 bits, which are no parameters to torch, by canonical name."""
+        modules = (found for stage in self.pipeline.stages for found in stage.model.named_modules())
+        return {name: module for name, module in modules if isinstance(module, NF4)}
 
     def held(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
         """Return this rank's parts of a training checkpoint's tensors (`optim.state_tensors`), with their places."""
@@ -67,6 +88,16 @@ class World:
                 assert tuple(values.shape) == box[1], (key, values.shape, box)
                 found[key] = Held(values, Box(*box), parameter.shape)
         return found
+
+    def load(self, reader: Reader) -> None:
+        """Fill the model's own parameters from a checkpoint."""
+        load_weights(reader, self.held_parameters())
+        load_quantized(reader, self.quantized())
+
+    def load_fresh_adapter(self, base: Reader, seed: int) -> None:
+        """Fill LoRA's parameters with what a training starts from."""
+        if self.lora is not None:
+            load_weights(FreshAdapter(base, self.lora, seed), self.held_adapters(), self._adapters)
 
     def any_rank(self, number: int) -> int:
         """Return the largest of all ranks' numbers."""
@@ -132,7 +163,7 @@ class World:
 
     def update_biases(self, stats_LS: Tensor, rate: float) -> None:
         """Move the routers' selection biases, if any, by the loads of a whole step (`balance.update_bias`)."""
-        for stage in self.pipeline.stages:
+        for stage in self.pipeline.stages if self.lora is None else ():
             for layer, block in stage.model.blocks.items():
                 bias_E = block.block_sparse_moe.gate.selection_bias
                 if bias_E is not None:
@@ -148,6 +179,9 @@ class World:
         degrees, place, kind = self.mesh.degrees, self.mesh.place, self._table[name].kind
         if kind is layout.EMBEDDING and self._has_second_embedding():
             return False
+        if kind.is_low_rank:
+            copies = self.mesh.copies.get(kind.dims)
+            return copies is None or copies.is_first
         if kind.is_small:
             return place == 0
         return not place // (degrees.fsdp * degrees.cp * degrees.tp)  # the others are replicas
@@ -158,15 +192,32 @@ class World:
         return is_tied and any(stage.model.is_last for stage in self.pipeline.stages)
 
     def _sum_gradients(self) -> None:
-        """Sum what FSDP does not: small parameters' over the stage, a tied embedding's over both ends."""
+        """Sum what FSDP does not: small parameters' over the stage, LoRA's over the ranks with the same part, a tied
+        embedding's over both ends."""
         if self.mesh.stage is not None:
-            named = self.parameters().items()
-            small = [p.grad for name, p in named if self._table[name].kind.is_small and p.grad is not None]
-            _sum_together(small, self.mesh.stage)
+            groups: dict[dist.ProcessGroup, list[Tensor]] = {}
+            for name, p in self.parameters().items():
+                kind = self._table[name].kind
+                group = self.mesh.copies[kind.dims].group if kind.is_low_rank else self.mesh.stage
+                if p.grad is not None and group is not None and (kind.is_small or kind.is_low_rank):
+                    groups.setdefault(group, []).append(p.grad)
+            for group, gradients in groups.items():
+                _sum_together(gradients, group)
         if self.mesh.ends is not None and self.model.tie_word_embeddings:
             held = self.parameters().get(layout.EMBEDDING.name)
             if held is not None and held.grad is not None:
                 dist.all_reduce(local(held.grad), group=self.mesh.ends)
+
+
+def mesh_of(config: Config, device: torch.device) -> Mesh:
+    """Build the meshes and groups that a config needs, which every rank does at the same time."""
+    lora = None if config.lora is None else config.lora.settings()
+    return open_mesh(
+        config.parallel.degrees(),
+        device,
+        is_tied=config.model.tie_word_embeddings,
+        copied=(parameter.kind.dims for parameter in layout.adapter_table(config.model, lora).values()),
+    )
 
 
 def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
@@ -176,14 +227,18 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
     parallel, degrees = config.parallel, mesh.degrees
     degrees.check(config.model, for_run=True)
     chunks = parallel.virtual_stages
+    lora = None if config.lora is None else config.lora.settings()
+    table = {**layout.table(config.model), **layout.adapter_table(config.model, lora)}
     layers = stage_layers(config.model.num_hidden_layers, degrees.pp * chunks, parallel.stage_layers)
     stages = []
     for chunk in range(chunks):
         index = chunk * degrees.pp + mesh.pp_rank
         with blank:
             model = Mixtral(config.model, config.moe.settings(), dtype, config.train.exact)
+            if lora is not None:
+                add_lora(model, config.model, lora)
         model = split(model, layers[index], index == 0, index == len(layers) - 1)
-        _cut_parameters(model, mesh)
+        _cut_parameters(model, mesh, table, lora)
         if config.train.recompute == "selective":
             recompute.experts(model)
         expert.apply(model, mesh)
@@ -195,10 +250,10 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
             _compile(model)
         stage = Stage(model, index)
         reshard = degrees.pp == 1
-        fsdp.apply(stage, model, mesh, parallel.gradient_aggregation_group, reshard)
+        fsdp.apply(stage, model, table, mesh, parallel.gradient_aggregation_group, reshard)
         stages.append(stage if blank == mesh.device else stage.to_empty(device=mesh.device))
     pipeline = Pipeline(stages, mesh, len(layers), parallel.schedule, parallel.gradient_accumulation_shard)
-    return World(mesh, config.model, pipeline)
+    return World(mesh, config.model, pipeline, lora)
 
 
 def alone(model: Mixtral) -> World:
@@ -220,14 +275,23 @@ def _compile(model: Mixtral) -> None:
         block.self_attn.compile(dynamic=True)
 
 
-def _cut_parameters(model: Mixtral, mesh: Mesh) -> None:
-    """Replace each parameter (on meta) by what tp, ep and etp leave of it on this rank."""
-    table = layout.table(model.config)
-    for module_name, module in model.named_modules():
+def _cut_parameters(model: Mixtral, mesh: Mesh, table: Mapping[str, layout.Parameter], lora: LoraConfig | None) -> None:
+    """Replace each parameter (on meta) by what tp, ep and etp leave of it on this rank, as it is to be kept.
+
+    With LoRA what is large and frozen is kept in the dtype that is computed in, or in 4 bits.
+    """
+    for module_name, module in list(model.named_modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             parameter = table[f"{module_name}.{name}"]
-            shape = mesh.degrees.part(parameter.kind.dims, parameter.shape)
-            module.register_parameter(name, nn.Parameter(p.new_empty(shape), requires_grad=p.requires_grad))
+            kind = parameter.kind
+            offsets, shape = mesh.degrees.cut(mesh.rank, kind.dims, parameter.shape)
+            if lora is not None and lora.quantize and kind in layout.QUANTIZED:
+                delattr(module, name)
+                module.add_module(name, NF4(shape, parameter.shape, offsets, p.device))
+                continue
+            is_frozen = lora is not None and not (kind.is_small or kind.is_low_rank)
+            kept = p.new_empty(shape, dtype=model.compute_dtype if is_frozen else p.dtype)
+            module.register_parameter(name, nn.Parameter(kept, requires_grad=p.requires_grad))
 
 
 def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:

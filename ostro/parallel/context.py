@@ -67,6 +67,7 @@ def share(batch: Batch, mesh: Mesh) -> Batch:
             sequence_ids_T=spans.sequence_ids_T[routed],
             valid_T=spans.valid_T[routed],
             draws_T=None if spans.draws_T is None else spans.draws_T[routed],
+            attended_draws_T=None if spans.draws_T is None else spans.draws_T[mine],
         ),
     )
 

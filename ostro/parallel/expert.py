@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ostro.model import ops
+from ostro.model.corrected import Stack
 from ostro.model.kernels.order import Order, balanced_ends, order_by_expert
 from ostro.model.mixtral import Mixtral
 from ostro.model.moe import Dispatch
@@ -35,7 +36,7 @@ def apply(model: Mixtral, mesh: Mesh) -> None:
 def across(local: Dispatch, group: Group) -> Dispatch:
     """Return a dispatch over the experts of all ranks of a group, of which `local` runs this rank's."""
 
-    def dispatch(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+    def dispatch(x_TD: Tensor, routing: Routing, w13: Stack, w2: Stack) -> Tensor:
         num_experts = len(w2) * dist.get_world_size(group)
         order = order_by_expert(routing.experts_TA, routing.kept_TA, num_experts)
         sent, received, rows_of_experts = exchange_counts(order, group)
@@ -86,7 +87,7 @@ def _balanced_counts(order: Order, group: Group) -> tuple[list[int], list[int], 
 def _cut_along_ffn(local: Dispatch, group: Group) -> Dispatch:
     """Return a dispatch for experts whose inner dim is cut: all ranks see the group's tokens, each adds its part."""
 
-    def dispatch(x_TD: Tensor, routing: Routing, w13: Tensor, w2: Tensor) -> Tensor:
+    def dispatch(x_TD: Tensor, routing: Routing, w13: Stack, w2: Stack) -> Tensor:
         kept_TA = routing.kept_TA
         everyone = Routing(
             collectives.gathered(routing.experts_TA, group),

@@ -7,7 +7,7 @@ in bf16. MindFormers does likewise (parallel_optimizer_threshold).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,14 @@ from ostro.model.mixtral import Block, Mixtral
 from ostro.parallel.mesh import Mesh
 
 
-def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: bool) -> None:
+def apply(
+    stage: nn.Module,
+    model: Mixtral,
+    table: Mapping[str, layout.Parameter],
+    mesh: Mesh,
+    together: int,
+    reshard: bool,
+) -> None:
     """Shard the large parameters of a stage, which wraps `model`, over its meshes; one rank's are left as they are.
 
     Blocks are gathered and reduced `together` at a time. `reshard` frees gathered parameters after the forward pass, to
@@ -28,15 +35,18 @@ def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: 
     """
     blocks: list[Block] = list(model.blocks.values())
     dtype = model.compute_dtype
-    table = layout.table(model.config)
-    small = {p for name, p in model.named_parameters() if table[name].kind.is_small}
+    kinds = {p: table[name].kind for name, p in model.named_parameters()}
+    small = {p for p, kind in kinds.items() if kind.is_small or kind.is_low_rank}
+    # Those in 4 bits are whole where tp and ep leave them, and none of torch's parameters.
     experts = [block.block_sparse_moe.experts for block in blocks]
-    of_experts = {p for module in experts for p in module.parameters()}
+    of_experts = {p for module in experts for p in module.parameters()} - small
+    if not of_experts:
+        experts = []
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     if mesh.sparse is not None:
-        by_expert = not experts or len(experts[0].w13) % mesh.degrees.efsdp == 0
+        by_expert = not experts or experts[0].w13.shape[0] % mesh.degrees.efsdp == 0
         for some in _runs(experts, together):
             fully_shard(
                 some,
@@ -44,9 +54,10 @@ def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: 
                 mp_policy=policy,
                 reshard_after_forward=reshard,
                 shard_placement_fn=None if by_expert else lambda _: Shard(2),
+                ignored_params=small,
             )
     ignored = small | of_experts if mesh.sparse is None else small
-    if mesh.dense is not None:
+    if mesh.dense is not None and any(isinstance(block.self_attn.q_proj.weight, nn.Parameter) for block in blocks):
         for some in _runs(blocks, together):
             fully_shard(some, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored)
     root = mesh.whole or mesh.sparse

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -23,13 +23,22 @@ Group = dist.ProcessGroup
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Copies:
+    """The ranks that hold the same part of a parameter: their group (None: this rank alone), and who comes first."""
+
+    group: Group | None
+    is_first: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mesh:
     """Where a rank stands, and whom it talks to.
 
     tp, ep, cp: the groups along these axes. sequence: the ranks that a sequence is cut over (cp·tp). stage: all that
     hold this rank's layers. edges: groups of its pipeline (`edge`). ends: the first and the last of it, where they
     share an embedding. `dense`, `whole` and `sparse` are the meshes that blocks, words and experts are sharded over
-    (replicas first where dp > 1); None where there is but one rank.
+    (replicas first where dp > 1); None where there is but one rank. copies: for LoRA's logical dims, the ranks of the
+    stage that have the same part as this one.
     """
 
     degrees: Degrees
@@ -45,6 +54,7 @@ class Mesh:
     dense: DeviceMesh | None = None
     whole: DeviceMesh | None = None
     sparse: DeviceMesh | None = None
+    copies: Mapping[tuple[str, ...], Copies] = dataclasses.field(default_factory=dict)
 
     @property
     def place(self) -> int:
@@ -109,10 +119,17 @@ def alone(device: torch.device) -> Mesh:
     return Mesh(Degrees(), 0, device)
 
 
-def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) -> Mesh:
+def open_mesh(
+    degrees: Degrees,
+    device: torch.device,
+    *,
+    is_tied: bool = False,
+    copied: Iterable[tuple[str, ...]] = (),
+) -> Mesh:
     """Build the meshes and groups over the ranks of the process group, which every rank does at the same time.
 
-    `is_tied` says that the first and the last stage share an embedding.
+    `is_tied` says that the first and the last stage share an embedding, `copied` which logical dims are cut by tp, ep
+    and etp but not sharded (LoRA's).
 
     Raises LayoutError where the degrees do not multiply to the number of ranks.
     """
@@ -140,6 +157,7 @@ def open_mesh(degrees: Degrees, device: torch.device, *, is_tied: bool = False) 
         dense=_sharding(dense, d.dp, "fsdp"),
         whole=_sharding(whole, d.dp, "fsdp" if whole is dense else "whole"),
         sparse=_sharding(sparse, d.dp, "efsdp"),
+        copies=_copies(d, place, copied),
     )
 
 
@@ -193,6 +211,24 @@ def _pipeline_group(degrees: Degrees, place: int) -> Group:
         dist.new_group(list(range(other, degrees.num_ranks, num_stage_ranks))) for other in range(num_stage_ranks)
     ]
     return groups[place]
+
+
+def _copies(degrees: Degrees, place: int, copied: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Copies]:
+    """Return who has the same part for each of some logical dims; all ranks make all groups, each once."""
+    num_stage_ranks, stage = degrees.num_ranks // degrees.pp, dist.get_rank() // (degrees.num_ranks // degrees.pp)
+    made: dict[tuple[tuple[int, ...], ...], Copies] = {}
+    found = {}
+    for dims in sorted(set(copied)):
+        parts = tuple(map(tuple, degrees.copies(dims)))
+        if parts not in made:
+            groups: dict[tuple[int, int], Any] = {}
+            for index in range(degrees.pp if len(parts[0]) > 1 else 0):
+                for part in parts:
+                    groups[index, part[0]] = dist.new_group([index * num_stage_ranks + i for i in part])
+            mine = next(part for part in parts if place in part)
+            made[parts] = Copies(groups.get((stage, mine[0])), place == mine[0])
+        found[dims] = made[parts]
+    return found
 
 
 def _ends(degrees: Degrees, place: int) -> Group | None:

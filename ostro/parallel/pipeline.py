@@ -176,7 +176,8 @@ class _Step:
         if not self._left[stage.index] and not self.splits:
             self._set_reducing(stage, is_last=True)
         with self._split() as later:
-            torch.autograd.backward(out, grad)
+            if out.requires_grad:  # a first stage may have nothing that LoRA trains
+                torch.autograd.backward(out, grad)
         if later is not None:
             self._later[stage.index, micro] = later
         if not stage.model.is_first:

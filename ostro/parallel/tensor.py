@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ostro.model import ops
-from ostro.model.mixtral import Attention, Mixtral
+from ostro.model import layout, ops
+from ostro.model.mixtral import Attention, Linear, Mixtral
 from ostro.parallel.collectives import Group, gather, gathered, scatter_sum
 from ostro.parallel.mesh import Mesh
 
@@ -26,6 +26,7 @@ def apply(model: Mixtral, mesh: Mesh) -> None:
         return
     for block in model.blocks.values():
         _cut_attention(block.self_attn, group)
+        _cut_input(block.self_attn.o_proj, mesh, group)
     if mesh.degrees.vocab_emb_dp:
         if model.is_first:
             model.model.embed_tokens.register_forward_pre_hook(functools.partial(_own_tokens, group=group))
@@ -51,6 +52,19 @@ def _cut_attention(attention: Attention, group: Group) -> None:
     attention.register_forward_hook(scatter_tokens)
 
 
+def _cut_input(linear: Linear, mesh: Mesh, group: Group) -> None:
+    """Tell the correction of a matrix whose input is cut which channels are here, and how norms of rows come whole."""
+    if linear.correction is not None:
+        num_channels = getattr(linear, layout.LORA_A).shape[1]
+        linear.correction.first_channel = mesh.tp_rank * num_channels
+        linear.correction.sum_squares = functools.partial(_summed_again, group=group)
+
+
+def _summed_again(values: Tensor, group: Group) -> Tensor:
+    dist.all_reduce(values, group=group)
+    return values
+
+
 def _own_tokens(_: Any, args: tuple[Tensor], group: Group) -> tuple[Tensor]:
     return (args[0].chunk(dist.get_world_size(group))[dist.get_rank(group)],)
 
@@ -59,7 +73,7 @@ def _embed(embedding: Any, first: int, group: Group, tokens_T: Tensor) -> Tensor
     """Look up the words that are here, 0 for the others, and sum while each rank takes its share of the tokens."""
     place_T = tokens_T - first
     is_here_T = (place_T >= 0) & (place_T < len(embedding.weight))
-    found_TD = ops.embedding(place_T.clamp(0, len(embedding.weight) - 1), embedding.weight)
+    found_TD = embedding.lookup(place_T.clamp(0, len(embedding.weight) - 1))
     return scatter_sum(torch.where(is_here_T[:, None], found_TD, 0), group)
 
 

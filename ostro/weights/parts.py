@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,13 +83,36 @@ def load_held(folder: Path, held: Mapping[str, Held], names: Collection[str] | N
     return state
 
 
-def load_weights(reader: Reader, held: Mapping[str, Held]) -> None:
+class Quantized(Protocol):
+    """A stack of matrices that are kept in fewer bits: whole ones come in, of which a box stays."""
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def fill(self, stack: tuple[int, ...], matrix: Tensor) -> None:
+        """Take one whole matrix; `stack` is its place among those that are held."""
+        ...
+
+
+def load_quantized(reader: Reader, quantized: Mapping[str, Quantized]) -> None:
+    """Fill what is kept in fewer bits from a checkpoint, one whole matrix at a time: its bits depend on no layout."""
+    for name, kept in quantized.items():
+        num_dims = len(kept.shape) - 2
+        for stack in itertools.product(*(range(size) for size in kept.shape[:num_dims])):
+            where: Where = tuple(map(int.__add__, stack, kept.offsets))
+            value = reader.read(name, where)
+            require_finite(value, label(name, where))
+            kept.fill(stack, value)
+
+
+def load_weights(reader: Reader, held: Mapping[str, Held], table: Mapping[str, layout.Parameter] | None = None) -> None:
     """Fill pieces of a model's parameters, named as in the parameter table, from a checkpoint of any format.
 
-    One expert's one matrix at a time, only the slice that is held is asked for; it is cast to the piece's dtype. Raises
-    WeightsError for a parameter that the checkpoint lacks or has in another shape, and for NaN or infinity.
+    `table` is that of the model unless given (an adapter has another). One expert's one matrix at a time, only the
+    slice that is held is asked for; it is cast to the piece's dtype. Raises WeightsError for a parameter that the
+    checkpoint lacks or has in another shape, and for NaN or infinity.
     """
-    table, infos = layout.table(reader.model), reader.names()
+    table, infos = table or layout.table(reader.model), reader.names()
     shapes = {name: infos[name].shape for name in held if name in infos}
     match_shapes(f"the {reader.format} checkpoint", shapes, {name: piece.shape for name, piece in held.items()})
     with torch.no_grad():

@@ -117,26 +117,30 @@ class RandomReader:
 
     def read(self, name: str, where: Where = ()) -> Tensor:
         """Draw a slice; whole rows are drawn, so slicing the last dim saves nothing."""
-        from ostro.weights.draw import normal_rows
-
         shape = self._table[name].shape
         if self._table[name].kind is layout.SELECTION_BIAS:
             return torch.zeros(shape)[where]
         if len(shape) == 1:
             return torch.ones(shape)[where]
-        num_rows, num_columns = shape[-2:]
+        return drawn(self.seed, self._table[name], self.model.initializer_range, where)
 
-        def matrix(stack: tuple[int, ...], rest: Where) -> Tensor:
-            key = "/".join(map(str, (self.seed, name, *stack)))
-            index, rest = (rest[0], rest[1:]) if rest else (slice(None), ())
-            rows = range(num_rows)[index]
-            if isinstance(rows, int):
-                drawn = normal_rows(key, rows, rows + 1, num_columns, self.model.initializer_range)
-                return torch.from_numpy(drawn)[(0, *rest)]
-            drawn = normal_rows(key, rows.start, max(rows.start, rows.stop), num_columns, self.model.initializer_range)
-            return torch.from_numpy(drawn)[(slice(None, None, rows.step), *rest)]
 
-        return assemble(shape[:-2], where, matrix)
+def drawn(seed: int, parameter: layout.Parameter, std: float, where: Where = ()) -> Tensor:
+    """Return a slice of a parameter of N(0, std²), fp32, as `RandomReader` draws it."""
+    from ostro.weights.draw import normal_rows
+
+    num_rows, num_columns = parameter.shape[-2:]
+
+    def matrix(stack: tuple[int, ...], rest: Where) -> Tensor:
+        key = "/".join(map(str, (seed, parameter.name, *stack)))
+        index, rest = (rest[0], rest[1:]) if rest else (slice(None), ())
+        rows = range(num_rows)[index]
+        if isinstance(rows, int):
+            return torch.from_numpy(normal_rows(key, rows, rows + 1, num_columns, std))[(0, *rest)]
+        values = normal_rows(key, rows.start, max(rows.start, rows.stop), num_columns, std)
+        return torch.from_numpy(values)[(slice(None, None, rows.step), *rest)]
+
+    return assemble(stack_sizes(parameter), where, matrix)
 
 
 class CastReader:
@@ -225,7 +229,7 @@ def assemble(sizes: Shape, where: Where, piece: Callable[[tuple[int, ...], Where
 
 def stack_sizes(parameter: layout.Parameter) -> Shape:
     """Return the leading dims along which a parameter is a stack of matrices: (experts, halves), (experts,) or ()."""
-    return parameter.shape[:-2] if parameter.kind in (layout.W13, layout.W2) else ()
+    return parameter.shape[:-2]
 
 
 def pieces(parameter: layout.Parameter) -> Iterator[tuple[int, ...]]:

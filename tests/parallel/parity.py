@@ -21,10 +21,10 @@ from worlds import run_in_world
 from ostro import train
 from ostro.config import Config, load_config
 from ostro.data.loader import Row
-from ostro.parallel.apply import World, local, parallelize
-from ostro.parallel.mesh import open_mesh
+from ostro.model import layout
+from ostro.parallel.apply import World, local, mesh_of, parallelize
 from ostro.weights.parts import load_weights
-from ostro.weights.store import RandomReader
+from ostro.weights.store import RandomReader, TensorInfo, Where, drawn
 
 NUM_STEPS, ROW_TOKENS, NUM_ROWS = 4, 32, 16
 TOLERANCE = 1e-5
@@ -48,7 +48,7 @@ SETTINGS = {
     "optim.warmup_ratio": 0.0,
 }
 # Settings that change what is computed, not only where: the reference has them too.
-_OF_BOTH = ("model.", "moe.", "data.", "train.dtype", "train.global_batch_sequences")
+_OF_BOTH = ("lora.", "model.", "moe.", "data.", "train.dtype", "train.global_batch_sequences")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,26 @@ class Rows:
         return Row(tokens, labels, weights, tuple(lengths.tolist()))
 
 
+class RandomAdapter:
+    """A LoRA none of whose parameters is 0, so that all of them have gradients at once."""
+
+    format = "random adapter"
+    notes = ()
+
+    def __init__(self, config: Config) -> None:
+        self.model = config.model
+        self._table = layout.adapter_table(config.model, config.lora and config.lora.settings())
+
+    def names(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(p.shape, torch.float32) for name, p in self._table.items()}
+
+    def read(self, name: str, where: Where = ()) -> Tensor:
+        parameter = self._table[name]
+        if len(parameter.shape) == 1:
+            return torch.linspace(0.5, 1.5, parameter.shape[0])[where]
+        return drawn(3, parameter, 0.2, where)
+
+
 def settings(case: Mapping[str, Any]) -> Config:
     """Return the config of a case."""
     return load_config("tiny", [f"{key}={value}" for key, value in {**SETTINGS, **case}.items()])
@@ -92,10 +112,10 @@ def seen(case: Mapping[str, Any], num_steps: int = NUM_STEPS) -> Seen:
     torch.manual_seed(0)
     config = settings(case)
     device = torch.device("cpu")
-    world = parallelize(
-        config, open_mesh(config.parallel.degrees(), device, is_tied=config.model.tie_word_embeddings), torch.float32
-    )
-    load_weights(RandomReader(config.model, 1), world.held_parameters())
+    world = parallelize(config, mesh_of(config, device), torch.float32)
+    base = RandomReader(config.model, 1)
+    world.load(base)
+    load_weights(RandomAdapter(config), world.held_adapters(), layout.adapter_table(config.model, world.lora))
     optimizer = torch.optim.SGD(world.parameters().values(), lr=0.2, foreach=False)
     loader: Any = Rows(config.model.vocab_size, config.data.seq_length)
     nothing: Any = None
@@ -115,7 +135,7 @@ def seen(case: Mapping[str, Any], num_steps: int = NUM_STEPS) -> Seen:
 
 
 def _parts(world: World, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    places = world.held_parameters()
+    places = {**world.held_parameters(), **world.held_adapters()}
     parts = {}
     for name, tensor in tensors.items():
         held = local(tensor).detach().clone()

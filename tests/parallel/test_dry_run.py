@@ -19,9 +19,8 @@ from ostro import plan, train
 from ostro.data.loader import Row
 from ostro.model.routing import ROUTERS, Routing
 from ostro.optim import build_optimizer
-from ostro.parallel.apply import parallelize
+from ostro.parallel.apply import mesh_of, parallelize
 from ostro.parallel.counting import Footprint, Traffic
-from ostro.parallel.mesh import open_mesh
 from ostro.weights.parts import load_weights
 from ostro.weights.store import RandomReader
 
@@ -104,7 +103,7 @@ def really(case: Case) -> dict[str, Any]:
     """Train one real step of this rank and return what was counted, in the words of a dry run."""
     ROUTERS["softmax"] = route_evenly  # in a process that ends with this
     config, device = settings(case), torch.device("cpu")
-    world = parallelize(config, open_mesh(config.parallel.degrees(), device), torch.float32)
+    world = parallelize(config, mesh_of(config, device), torch.float32)
     load_weights(RandomReader(config.model, 1), world.held_parameters())
     optimizer = build_optimizer(world.parameters(), config.model, config.optim)
     loader: Any = Rows(config.data.seq_length)
