@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ostro.model import layout
 from ostro.model.settings import ModelConfig
 from ostro.sections import Optim
 
@@ -19,12 +18,11 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], model: ModelConfig, 
     The router's selection bias is left alone: it has a rule of its own (`model.balance.update_bias`). The state is
     there before the first step, so that a checkpoint can be read straight into it.
     """
-    table = layout.table(model)
     trained = [(name, p) for name, p in parameters.items() if p.requires_grad]
     # One group never mixes what is sharded over different meshes, or not at all.
     groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
-    for name, p in trained:
-        groups.setdefault((table[name].kind.is_matrix, id(getattr(p, "device_mesh", None))), []).append(p)
+    for _, p in trained:
+        groups.setdefault((p.dim() > 1, id(getattr(p, "device_mesh", None))), []).append(p)
     optimizer = torch.optim.AdamW(
         [
             {"params": group, "weight_decay": optim.weight_decay if is_matrix else 0.0}

@@ -129,6 +129,9 @@ class Footprint(TorchDispatchMode):
         self._hooks: list[Any] = []
         for p in world.parameters().values():
             self._see(local(p), "parameters")
+        for kept in world.quantized().values():
+            for buffer in kept.buffers():
+                self._see(buffer, "parameters")
         for state in optimizer.state.values():
             for value in state.values():
                 self._see(local(value), "optimizer")
