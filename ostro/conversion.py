@@ -19,6 +19,7 @@ from ostro.log import size
 from ostro.model.settings import ModelConfig
 from ostro.serve.engine import tokenizer_beside, torch_dtype
 from ostro.weights import Reader
+from ostro.weights.adapters import Adapter, open_adapter
 from ostro.weights.joined import join
 from ostro.weights.mindspore_layout import MindSporeDegrees
 
@@ -67,6 +68,7 @@ class Request:
     qkv_concat: bool = False
     quantize: str | None = None
     verify: bool = False
+    adapter: str | None = None
     others: tuple[str, ...] = ()
 
 
@@ -84,6 +86,9 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
     say(f"{asked.source}: {described(reader)}")
     for note in reader.notes:
         say(f"  {note}")
+    adapter = None if asked.adapter is None else open_adapter(asked.adapter, reader.model)
+    if adapter is not None:
+        say(f"{asked.adapter}: {_lora_words(adapter)}")
     words, told = _tokenizer(asked, reader.model)
     for stale in asked.target.parent.glob(f"{asked.target.name}.partial-*"):
         say(f"  {stale} is left of a conversion that was killed: remove it")
@@ -97,6 +102,7 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
             dtype=torch_dtype(asked.dtype) if asked.dtype else None,
             keep_fp32=asked.keep_fp32,
             verify=asked.verify,
+            adapter=adapter,
             on_read=progress.show,
             **_settings(asked, to, reader, words),
         )
@@ -107,6 +113,13 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
     if made.sha256:
         say(f"  read back and compared: every bit is as meant, sha256 of all tensors {made.sha256}")
     return None
+
+
+def _lora_words(adapter: Adapter) -> str:
+    lora = adapter.lora
+    kind = "DoRA" if lora.dora else "LoRA"
+    words = f"{kind} of rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.matrices)}"
+    return "; ".join((words, *adapter.notes))
 
 
 def _join(asked: Request, say: Callable[[str], None]) -> None:
@@ -147,6 +160,8 @@ def _require_fitting(asked: Request, to: str) -> None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} is for {' and '.join(formats)}, not for {to}: leave it out."
             )
+    if asked.adapter is not None and asked.optimizer:
+        raise ConfigError("--optimizer keeps the state of weights that an adapter changes: give one of the two.")
     if asked.keep_fp32 and asked.dtype is None:
         raise ConfigError("--keep-fp32 says what --dtype is to leave alone: give --dtype too.")
     if asked.host and not asked.layout:

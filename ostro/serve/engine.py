@@ -20,7 +20,9 @@ from ostro.model.spans import spans_of
 from ostro.serve.cache import KVCache
 from ostro.serve.sampling import Sampling, next_token
 from ostro.weights import open_reader
-from ostro.weights.store import Reader, load_into
+from ostro.weights.adapters import open_adapter
+from ostro.weights.merged import Merged
+from ostro.weights.store import CastReader, Reader, load_into
 
 # Prompt tokens computed at once; bounds the memory of a long prefill.
 _PREFILL_TOKENS = 4096
@@ -55,8 +57,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def load_model(source: str | Path | Reader, dtype: str = "auto", device: torch.device | None = None) -> Mixtral:
-    """Load a checkpoint of any format, or a run directory, for inference.
+def load_model(
+    source: str | Path | Reader,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    adapter: str | Path | None = None,
+) -> Mixtral:
+    """Load a checkpoint of any format, or a run directory, for inference, and merge a LoRA adapter into it.
 
     dtype is `bf16`, `fp16`, `fp32`, or `auto`: the checkpoint's own, but fp32 on a CPU without bf16 units.
     """
@@ -66,6 +73,9 @@ def load_model(source: str | Path | Reader, dtype: str = "auto", device: torch.d
         stored = next(iter(reader.names().values())).dtype
         is_slow = device.type == "cpu" and not devices.bf16_is_fast()
         dtype = "fp32" if stored == torch.float32 or is_slow else "bf16"
+    if adapter is not None:
+        infos = CastReader(reader, torch_dtype(dtype), keep_fp32=True).names()
+        reader = Merged(reader, open_adapter(adapter, reader.model), infos)
     model = empty_model(reader.model, torch_dtype(dtype), device)
     load_into(model, reader)
     return model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ostro.verbs.options import Dtype, Model, TokenizerOption
+from ostro.verbs.options import AdapterOption, Dtype, Model, TokenizerOption
 
 if TYPE_CHECKING:
     from ostro.serve.engine import Completion, Engine
@@ -22,6 +22,7 @@ def evaluate(
     kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
     tokenizer: TokenizerOption = None,
     dtype: Dtype = "auto",
+    adapter: AdapterOption = None,
 ) -> None:
     """Print loss, perplexity, bits per byte and expert load."""
     import tempfile
@@ -34,7 +35,7 @@ def evaluate(
     from ostro.evaluate import evaluate as run_evaluate
     from ostro.serve.engine import load_model, tokenizer_of
 
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, adapter=adapter)
     words = tokenizer_of(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         raw = [path for path in data if not shards.is_prepared(path)]
@@ -74,6 +75,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given again.")] = None,
     tokenizer: TokenizerOption = None,
     dtype: Dtype = "auto",
+    adapter: AdapterOption = None,
 ) -> None:
     """Complete prompts; one alone is streamed."""
     from ostro.errors import RequestError
@@ -86,7 +88,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
     if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
         raise RequestError(f"--out {out} cannot be written: name a file in a folder that exists.")
-    engine = Engine(load_model(model, dtype), tokenizer_of(model, tokenizer))
+    engine = Engine(load_model(model, dtype, adapter=adapter), tokenizer_of(model, tokenizer))
     if len(texts) == 1 and out is None:
         _stream(engine, texts[0], sampling)
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ostro.verbs.options import Model, TokenizerOption
+from ostro.verbs.options import AdapterOption, Model, TokenizerOption
 
 
 def convert(
@@ -31,6 +31,7 @@ def convert(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="MindSpore to MindSpore: keep its state.")] = False,
     qkv_concat: Annotated[bool, typer.Option("--qkv-concat", help="MindSpore: q, k and v in one.")] = False,
     quantize: Annotated[str | None, typer.Option(help="GGUF: f32, bf16, f16, q8_0 or q4_0.")] = None,
+    adapter: AdapterOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read back from the disk and compare every bit.")] = False,
 ) -> None:
     """Write a checkpoint in another format; it appears whole or not at all."""
@@ -56,9 +57,27 @@ def convert(
             qkv_concat=qkv_concat,
             quantize=quantize,
             verify=verify,
+            adapter=adapter,
         ),
         typer.echo,
     )
+
+
+def merge_lora(
+    base: Model,
+    adapter: Annotated[str, typer.Argument(help="A folder of PEFT's, or a run directory that has one.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, or a file ending in .ckpt or .gguf.")],
+    to: Annotated[str | None, typer.Option(help="hf, mistral, mindspore, mindspore-gmm, dcp or gguf.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the base's unless given.")] = None,
+    tokenizer: TokenizerOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read back from the disk and compare every bit.")] = False,
+) -> None:
+    """Write a model with a LoRA adapter merged into it, and show how far each matrix moved."""
+    from ostro.conversion import Request
+    from ostro.conversion import convert as run_convert
+
+    asked = Request(base, target, to=to, dtype=dtype, tokenizer=tokenizer, verify=verify, adapter=adapter)
+    run_convert(asked, typer.echo)
 
 
 def inspect(

@@ -17,8 +17,10 @@ import torch
 
 from ostro.errors import ConfigError, WeightsError
 from ostro.weights import dcp, gguf, hf, mindspore, mistral
+from ostro.weights.adapters import Adapter
 from ostro.weights.certify import certify, evict
 from ostro.weights.hf_config import tokenizer_folder
+from ostro.weights.merged import Merged, report
 from ostro.weights.store import (
     NO_HINTS,
     CastReader,
@@ -156,16 +158,18 @@ def convert(
     dtype: torch.dtype | None = None,
     keep_fp32: bool = False,
     verify: bool = False,
+    adapter: Adapter | None = None,
     on_read: OnRead | None = None,
     **settings: Any,
 ) -> Converted:
     """Write the checkpoint `src` (a path, or a reader) as format `to` to the new path `dst`.
 
-    `dtype` None keeps each tensor's own; `keep_fp32` leaves norms and router in fp32 whatever it is. `settings` are
-    those of the format's `write`. The tokenizer files of a Hugging Face folder come along into another unless
-    `tokenizer` says otherwise. `on_read` is told each tensor that is about to be read, and how many bytes were. With
-    `verify` the source's checksums and the copies its ranks hold are compared first, and afterwards both sides are
-    read once more and compared bit for bit, the target from the disk. Nothing stays of a conversion that fails.
+    `dtype` None keeps each tensor's own; `keep_fp32` leaves norms and router in fp32 whatever it is. An `adapter` is
+    merged into it, and the notes say how much each matrix moved. `settings` are those of the format's `write`. The
+    tokenizer files of a Hugging Face folder come along into another unless `tokenizer` says otherwise. `on_read` is
+    told each tensor that is about to be read, and how many bytes were. With `verify` the source's checksums and the
+    copies its ranks hold are compared first, and afterwards both sides are read once more and compared bit for bit, the
+    target from the disk. Nothing stays of a conversion that fails.
     """
     dst = Path(os.path.abspath(dst))
     writable = [name for name, format in FORMATS.items() if format.write]
@@ -178,10 +182,12 @@ def convert(
             reader.certify()
         if to == "hf" and reader.format == "hf":
             settings.setdefault("tokenizer", tokenizer_folder(reader.path))
-    if dtype is not None:
-        reader = CastReader(reader, dtype, keep_fp32=keep_fp32)
-    notes = tuple(write(Watched(reader, on_read) if on_read else reader, dst, **settings) or ())
-    return Converted(notes, prove(reader, dst, to, **settings) if verify else None)
+    source = reader if dtype is None else CastReader(reader, dtype, keep_fp32=keep_fp32)
+    if adapter is not None:
+        source = Merged(reader, adapter, source.names())
+    notes = tuple(write(Watched(source, on_read) if on_read else source, dst, **settings) or ())
+    told = report(source) if isinstance(source, Merged) else ()
+    return Converted((*notes, *told), prove(source, dst, to, **settings) if verify else None)
 
 
 def prove(meant: Reader, dst: Path, to: str, **settings: Any) -> str:
