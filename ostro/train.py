@@ -25,7 +25,7 @@ from ostro.data.loader import Loader
 from ostro.data.shards import Shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.dataset import open_data, open_loader
-from ostro.errors import ConfigError, DataError, Error, TrainError
+from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
 from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
 from ostro.model import layout, routing
@@ -34,7 +34,7 @@ from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learnin
 from ostro.parallel.apply import World, mesh_of, parallelize
 from ostro.parallel.mesh import first_of_host, host_group
 from ostro.serve.engine import tokenizer_beside
-from ostro.weights import FORMATS, NO_HINTS, dcp, detect, open_reader
+from ostro.weights import FORMATS, NO_HINTS, dcp, detect, lora_run, open_reader
 from ostro.weights.parts import Held, load_held
 from ostro.weights.saver import Saved, Saver, every_name
 from ostro.weights.saver import newest as newest_of_all
@@ -113,9 +113,20 @@ def train(config: Config) -> Outcome:
     """
     run = set_up(config)
     try:
-        return _loop(run)
+        outcome = _loop(run)
     finally:
         run.saver.finish()  # whatever ended the loop does not tear what is being written
+    if config.lora is not None and log.is_main_rank():
+        _write_adapter(run)
+    return outcome
+
+
+def _write_adapter(run: Run) -> None:
+    """Leave what LoRA trained in PEFT's format, too; where hosts share no disk no one of them has all of it."""
+    try:
+        lora_run.export(run.run_dir, run.run_dir / "adapter")
+    except WeightsError as error:
+        log.say(f"{error} {run.run_dir / 'adapter'} is not written.", style="yellow")
 
 
 def set_up(config: Config) -> Run:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ostro.errors import ConfigError, WeightsError
-from ostro.weights import dcp, gguf, hf, mindspore, mistral
+from ostro.weights import dcp, gguf, hf, lora_run, mindspore, mistral
 from ostro.weights.adapters import Adapter
 from ostro.weights.certify import certify, evict
 from ostro.weights.hf_config import tokenizer_folder
@@ -81,6 +81,8 @@ class Format:
 
 
 FORMATS = {
+    # Before the format that its checkpoints have.
+    "lora": Format("lora", lora_run.WHAT, lora_run.detect, lora_run.open_reader, None, ("step",)),
     "dcp": Format("dcp", dcp.WHAT, dcp.detect, dcp.open_reader, dcp.write, ("step", "partial")),
     "mindspore": Format(
         "mindspore",
