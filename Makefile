@@ -54,13 +54,17 @@ faults: $(READY) ## kill ranks of real trainings and compare what comes out, the
 bench: $(READY) ## every benchmark that needs no GPU (BENCH_FLAGS= for the long runs)
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(BENCH_FLAGS) || exit 1; done
 
-interop: $(READY) ## MindSpore and llama.cpp load what Ostro writes and the other way round (3 GB of packages, minutes)
+interop: $(READY) ## MindSpore, llama.cpp and bitsandbytes beside Ostro: what one writes the other reads (4 GB of packages, minutes)
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install -q 'mindspore==2.10.0' 'numpy==1.26.4'
 	@test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/python -m pip install -q 'llama-cpp-python==0.3.36'
 	$(BIN)/python tests/interop/mindspore.py --mindspore-python .venv-interop/bin/python
 	$(BIN)/python tests/interop/llama.py --python .venv-llama/bin/python
+	@test -x .venv-bnb/bin/python || $(PYTHON) -m venv .venv-bnb
+	.venv-bnb/bin/python -m pip install -q torch==2.13.0
+	.venv-bnb/bin/python -m pip install -q 'bitsandbytes==0.50.0' safetensors
+	.venv-bnb/bin/python tests/interop/nf4.py
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf dist .pytest_cache .ruff_cache .hypothesis
