@@ -59,7 +59,8 @@ class NF4(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self._whole = tuple(whole_shape or shape)[-2:]
-        self._first_row, first_col = tuple(offsets or [0] * len(shape))[-2:]
+        self.begins = tuple(offsets or [0] * len(shape))
+        self._first_row, first_col = self.begins[-2:]
         self._first_block = first_col // BLOCK
         *stack, rows, cols = self.shape
         assert why_not(self._whole[1], cols) is None, (shape, whole_shape)

@@ -87,7 +87,7 @@ class Quantized(Protocol):
     """A stack of matrices that are kept in fewer bits: whole ones come in, of which a box stays."""
 
     shape: tuple[int, ...]
-    offsets: tuple[int, ...]
+    begins: tuple[int, ...]
 
     def fill(self, stack: tuple[int, ...], matrix: Tensor) -> None:
         """Take one whole matrix; `stack` is its place among those that are held."""
@@ -99,7 +99,7 @@ def load_quantized(reader: Reader, quantized: Mapping[str, Quantized]) -> None:
     for name, kept in quantized.items():
         num_dims = len(kept.shape) - 2
         for stack in itertools.product(*(range(size) for size in kept.shape[:num_dims])):
-            where: Where = tuple(map(int.__add__, stack, kept.offsets))
+            where: Where = tuple(map(int.__add__, stack, kept.begins))
             value = reader.read(name, where)
             require_finite(value, label(name, where))
             kept.fill(stack, value)

@@ -175,6 +175,42 @@ PRODUCTS: dict[str, Case] = {
 }
 
 
+# LoRA trains these beside each dimension and these products: everything that it can correct, DoRA with dropout, and
+# experts in 4 bits, whose blocks of 64 want wider matrices.
+LORA: Case = {"lora.targets": "[attention, experts, router, lm_head, embeddings]", "lora.rank": 4, "lora.alpha": 2}
+DORA: Case = {"lora.targets": "[attention]", "lora.dora": True, "lora.dropout": 0.25, "lora.rank": 4, "lora.alpha": 2}
+QLORA: Case = {
+    "lora.quantize": "nf4",
+    "lora.rank": 4,
+    "lora.alpha": 2,
+    "model.hidden_size": 64,
+    "model.intermediate_size": 128,
+    "model.head_dim": 8,
+}
+_PRODUCTS_WITH_LORA = (
+    "seed: pretrain 4k and finetune",
+    "hsdp · tp · ep",
+    "fsdp · ep · interleaved",
+    "fsdp · tp · etp · ep · 1f1b",
+    "fsdp · ep · zero bubble · drops",
+)
+
+
+def adapted() -> Iterator[tuple[str, Case]]:
+    """Yield every dimension with LoRA, some with DoRA and with experts in 4 bits, and the products with each."""
+    for name, case in alone():
+        if name not in ("choice", "probability"):
+            yield f"LoRA · {name}", {**LORA, **case}
+    for name in ("tp", "fsdp", "cp", "zero_bubble", "full", "accumulation"):
+        yield f"DoRA, dropout · {name}", {**DORA, **dict(alone())[name]}
+    for name in ("tp", "etp", "ep", "fsdp", "cp", "zero_bubble", "selective", "full"):
+        yield f"QLoRA · {name}", {**QLORA, **dict(alone())[name]}
+    for name in _PRODUCTS_WITH_LORA:
+        yield f"LoRA · {name}", {**LORA, **PRODUCTS[name]}
+        if not name.startswith("seed"):  # which cut the experts' inner dim below 64
+            yield f"QLoRA · {name}", {**QLORA, **PRODUCTS[name]}
+
+
 def whole(case: Case) -> Case:
     """Return a case with a micro-batch size: no accumulation but with a pipeline, or as the case says."""
     if "train.micro_batch_sequences" in case:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from matrix import PRODUCTS, alone, pairs, whole
+from matrix import PRODUCTS, adapted, alone, pairs, whole
 from parity import TOLERANCE, difference, settings
 
 DOCS = Path(__file__).parents[2] / "docs" / "parallel.md"
@@ -37,7 +37,7 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="write docs/parallel.md")
     asked = arguments.parse_args()
     start = time.monotonic()
-    groups = (("alone", alone()), ("pair", pairs()), ("product", PRODUCTS.items()))
+    groups = (("alone", alone()), ("pair", pairs()), ("product", PRODUCTS.items()), ("LoRA", adapted()))
     rows = [row(group, name, case) for group, cases in groups for name, case in cases]
     minutes = (time.monotonic() - start) / 60
     num_wrong = sum(not is_right for _, is_right in rows)

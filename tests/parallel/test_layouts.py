@@ -7,12 +7,12 @@ import os
 from typing import Any
 
 import pytest
-from matrix import DIMENSIONS, EXCLUSIVE, PRODUCTS, SEEDS, alone, features, pairs, whole
+from matrix import DIMENSIONS, EXCLUSIVE, PRODUCTS, SEEDS, adapted, alone, features, pairs, whole
 from parity import TOLERANCE, difference, settings
 
 from ostro.errors import ConfigError
 
-CASES = {**dict(alone()), **dict(pairs()), **PRODUCTS}
+CASES = {**dict(alone()), **dict(pairs()), **PRODUCTS, **dict(adapted())}
 SAMPLE = (
     "accumulation",
     "tp · zero_bubble",
@@ -25,6 +25,9 @@ SAMPLE = (
     "rows of 27 tokens · cp · tp · drops",
     "jitter · cp · fsdp · ep",
     "words uncut by tp, and nothing else sharded",
+    "LoRA · hsdp · tp · ep",
+    "DoRA, dropout · tp",
+    "QLoRA · etp",
 )
 
 
