@@ -43,6 +43,11 @@ def backend(device: torch.device) -> str:
     return "gloo" if device.type not in libraries else f"cpu:gloo,{device.type}:{libraries[device.type]}"
 
 
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether torch updates parameters on `device` in one pass over them."""
+    return device.type == "cpu" or is_cuda(device)
+
+
 def select(device: torch.device, index: int) -> None:
     """Make the accelerator number `index` of this host the current one; a CPU is one device.
 

@@ -30,7 +30,7 @@ from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
 from ostro.model import layout, routing
 from ostro.model.mixtral import Mixtral
-from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
+from ostro.optim import AdamW, Optimizer, build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.mesh import first_of_host, host_group, open_mesh
 from ostro.serve.engine import tokenizer_beside
@@ -70,7 +70,7 @@ class Run:
     loader: Loader
     eval_shards: list[Shards]
     world: World
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     total_steps: int
     data: dict[str, Any]
     saver: Saver
@@ -146,7 +146,9 @@ def set_up(config: Config) -> Run:
         loader=loader,
         eval_shards=eval_shards,
         world=world,
-        optimizer=build_optimizer(world.parameters(), config.model, config.optim),
+        optimizer=build_optimizer(
+            world.parameters(), config.model, config.optim, seed=config.train.seed, places=world.places()
+        ),
         total_steps=_total_steps(config, loader),
         data=resume.data_state(config, tokenizer_sha256=tokenizer.sha256, data_sha256=token_shards.fingerprint(shards)),
         saver=Saver(
@@ -289,7 +291,7 @@ def add_gradients(world: World, batches: Sequence[Batch], scale: float, stats_LS
     return sums
 
 
-def update(world: World, optimizer: torch.optim.Optimizer, factor: float) -> None:
+def update(world: World, optimizer: Optimizer, factor: float) -> None:
     """Update the parameters by their gradients times `factor`, and drop the gradients."""
     world.scale_gradients(factor)
     optimizer.step()

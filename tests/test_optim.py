@@ -75,3 +75,60 @@ def test_the_state_exists_before_the_first_step_and_is_all_of_it() -> None:
     assert after.keys() == before.keys()
     assert len(after) == 4 * len(list(model.parameters()))
     assert all(not torch.equal(after[name], before[name]) for name in after)
+
+
+def stepped(name: str, implementation: str, steps: int) -> torch.Tensor:
+    p = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    optim = Optim.model_validate(
+        {
+            "name": name,
+            "implementation": implementation,
+            "learning_rate": 0.1,
+            "min_learning_rate": 0,
+            "betas": (0.9, 0.95),
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+        }
+    )
+    optimizer = build_optimizer({"p": p}, SMALL, optim)
+    for _ in range(steps):
+        p.grad = torch.tensor([[0.1, -0.2], [0.3, 0.4]])
+        optimizer.step()
+    return p.detach()
+
+
+# From MindFormers' own AdamW and AdamWeightDecay.
+GOLDEN = {
+    ("adamw", 1): [[0.89, 2.08], [2.87, 3.86]],
+    ("adamw", 3): [[0.673289, 2.237608], [2.613888, 3.584186]],
+    ("fp32_state_adam_weight_decay", 1): [[0.945279, 2.024721], [2.925279, 3.915279]],
+    ("fp32_state_adam_weight_decay", 3): [[0.794469, 2.116428], [2.735067, 3.705366]],
+}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "fused", "foreach"])
+@pytest.mark.parametrize("case", GOLDEN)
+def test_updates_are_those_of_mindformers(case: tuple[str, int], implementation: str) -> None:
+    found = stepped(case[0], implementation, case[1])
+    torch.testing.assert_close(found, torch.tensor(GOLDEN[case]), rtol=0, atol=1e-6)
+
+
+def test_mindformers_optimizer_has_its_own_eps_unless_one_is_given() -> None:
+    assert Optim(name="fp32_state_adam_weight_decay").eps == 1e-6
+    assert Optim(name="fp32_state_adam_weight_decay", eps=1e-7).eps == 1e-7
+    assert Optim().eps == 1e-8
+
+
+def test_wsd_stays_and_then_falls_in_a_straight_line() -> None:
+    optim = Optim(schedule="wsd", learning_rate=1.0, min_learning_rate=0.0, warmup_ratio=0.1, decay_ratio=0.2)
+    rates = [learning_rate(optim, step, 100) for step in range(101)]
+    assert set(rates[10:81]) == {1.0}
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == 0.0
+
+
+def test_a_schedule_may_be_longer_than_the_run() -> None:
+    optim = Optim(schedule="linear", learning_rate=1.0, min_learning_rate=0.0, warmup_ratio=0.0, total_steps=200)
+    assert learning_rate(optim, 50, 100) == 0.75
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Optim(total_steps=0)

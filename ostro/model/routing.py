@@ -68,17 +68,17 @@ def jitter(x_TD: Tensor, draws_T: Tensor, layer: int, noise: float) -> Tensor:
     run is resumed, and whatever the micro-batches. Unlike in transformers, which multiplies in place, only the router
     sees it.
     """
-    key_T = _mixed(_mixed(draws_T) + layer)
-    channels_D = torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) * _GOLDEN
-    bits_TD = (_mixed(key_T[:, None] + channels_D) >> 40) & 0xFFFFFF
+    key_T = mixed(mixed(draws_T) + layer)
+    channels_D = torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) * GOLDEN
+    bits_TD = (mixed(key_T[:, None] + channels_D) >> 40) & 0xFFFFFF
     uniform_TD = (bits_TD.float() + 0.5) * 2.0**-24
     return x_TD.float() * (1.0 + noise * (2.0 * uniform_TD - 1.0))
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as an int64
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as an int64
 
 
-def _mixed(bits: Tensor) -> Tensor:
+def mixed(bits: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al., OOPSLA'14) on int64, whose products wrap around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))  # the mask makes it a logical shift

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ostro.batch import Batch
 from ostro.config import Config
@@ -18,7 +17,7 @@ from ostro.model import layout, ops
 from ostro.model.balance import update_bias
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
-from ostro.optim import parameter_of
+from ostro.optim import Place, block_box, is_of_blocks, local, parameter_of
 from ostro.parallel import context, expert, fsdp, recompute, tensor
 from ostro.parallel.mesh import Mesh
 from ostro.parallel.mesh import alone as one_process
@@ -49,6 +48,10 @@ class World:
         """Return this rank's parts of the parameters, with their places; those it has nothing of are left out."""
         return self._held({name: (name, p.detach()) for name, p in self.parameters().items()})
 
+    def places(self) -> dict[str, Place]:
+        """Return where this rank's parts of the parameters begin."""
+        return {name: Place(held.box.offsets, held.shape) for name, held in self.held_parameters().items()}
+
     def held(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
         """Return this rank's parts of a training checkpoint's tensors (`optim.state_tensors`), with their places."""
         return self._held({key: (parameter_of(key), value) for key, value in tensors.items()})
@@ -64,8 +67,9 @@ class World:
             if box is None:
                 assert not values.numel(), key
             else:
-                assert tuple(values.shape) == box[1], (key, values.shape, box)
-                found[key] = Held(values, Box(*box), parameter.shape)
+                part = block_box(*box, parameter.shape) if is_of_blocks(key) else (*box, parameter.shape)
+                assert tuple(values.shape) == part[1], (key, values.shape, part)
+                found[key] = Held(values, Box(*part[:2]), part[2])
         return found
 
     def any_rank(self, number: int) -> int:
@@ -205,11 +209,6 @@ def alone(model: Mixtral) -> World:
     """Return a whole model in this one process as a world."""
     mesh = one_process(model.head_weight.device)
     return World(mesh, model.config, Pipeline([Stage(model, 0)], mesh, 1, "1f1b"))
-
-
-def local(value: Tensor) -> Tensor:
-    """Return the memory of a tensor that is on this rank."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _compile(model: Mixtral) -> None:
