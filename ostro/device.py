@@ -131,6 +131,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     for word, tflops in _PEAK_TFLOPS.items():
         if device.type != "cpu" and word in label:
             return tflops * 1e12 * (0.5 if dtype == torch.float32 else 1.0)
-    if device.type == "cpu" and dtype != torch.float32 and not bf16_is_fast():
+    if device.type == "cpu" and (dtype == torch.float16 or not bf16_is_fast()):
         dtype = torch.float32  # products of 16-bit operands are computed in fp32 there: ops.linear
     return _rate(device, dtype, 1536 if device.type == "cpu" else 8192, 5)

@@ -35,7 +35,7 @@ from ostro.parallel import memory
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.counting import CATEGORIES, Category, Footprint, Sent, Traffic
 from ostro.parallel.mesh import Mesh, open_mesh
-from ostro.train import add_gradients, update
+from ostro.step import add_gradients, update
 
 ASSUMED = (
     "Assumed: routing is balanced and drops nothing, every row is one document, what is sent has arrived; kernels' own "
@@ -87,7 +87,7 @@ def dry_run(config: Config, rank: int, *, as_accelerator: bool = True) -> DryRun
         raise LayoutError(f"rank {rank} is not among this layout's ranks 0 to {degrees.num_ranks - 1}.")
     degrees.check(config.model, for_run=True)
     start = time.perf_counter()
-    dtype = torch.float32 if config.train.dtype == "fp32" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(config.train.dtype, torch.bfloat16)
     with _fake_ranks(rank, degrees.num_ranks):
         mesh = open_mesh(degrees, torch.device("cpu"))
         with FakeTensorMode(allow_non_fake_inputs=True), ops.without_values(as_accelerator):

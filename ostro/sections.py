@@ -68,6 +68,10 @@ class Train(Section):
     starts at `loss_scale`, halves when a gradient overflows, which skips the update, and doubles after
     `loss_scale_window` updates without. `master_dtype` is what the parameters are held in: bf16 rounds updates
     stochastically, and leaves norms and routers in fp32.
+
+    After `early_stop` evaluations (every `eval_every` steps) without a better one the run ends; 0 never does. Each of
+    them completes the prompts of the file `samples`, one a line, by `sample_tokens`. `skip_spikes` updates nothing
+    where the gradient's norm is more than so many times the median of the last 128 (null: never).
     """
 
     steps: int = Field(default=-1, ge=-1)
@@ -83,6 +87,10 @@ class Train(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     eval_every: int = Field(default=0, ge=0)
+    early_stop: int = Field(default=0, ge=0)
+    samples: str | None = None
+    sample_tokens: int = Field(default=64, ge=1)
+    skip_spikes: float | None = Field(default=None, gt=1)
 
 
 class Optim(Section):
@@ -90,7 +98,8 @@ class Optim(Section):
 
     fp32_state_adam_weight_decay is MindFormers': averages are not corrected for their start from 0, eps is 1e-6 unless
     set. `state_dtype` int8 holds averages in 8 bits, 256 at a time; `offload` keeps them in host memory. Warm-up and,
-    of wsd, the decay are shares of `total_steps`, which are the run's own where it is −1.
+    of wsd, the decay are shares of `total_steps`, which are the run's own where it is −1. A gradient norm above
+    `skip_grad_norm` (null: none is) skips the update.
     """
 
     name: Literal["adamw", "fp32_state_adam_weight_decay"] = "adamw"
@@ -107,6 +116,7 @@ class Optim(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    skip_grad_norm: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -257,13 +267,15 @@ class Lora(Section):
 class Checkpoint(Section):
     """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one.
 
-    `async` writes while training goes on, from a copy in host memory.
+    `async` writes while training goes on, from a copy in host memory. `best` saves after each evaluation that is the
+    best so far, and keeps that one beside the last: `checkpoints/best`.
     """
 
     every: int = Field(default=1000, ge=0)
     keep: int = Field(default=5, ge=1)
     asynchronous: bool = Field(default=True, alias="async")
     resume: Literal["auto", "must", "never"] = "auto"
+    best: bool = False
 
 
 class Run(Section):

@@ -187,7 +187,7 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
         with blank:
             model = Mixtral(config.model, config.moe.settings(), dtype, config.train.exact)
         model = split(model, layers[index], index == 0, index == len(layers) - 1)
-        _cut_parameters(model, mesh)
+        _cut_parameters(model, mesh, torch.bfloat16 if config.train.master_dtype == "bf16" else torch.float32)
         if config.train.recompute == "selective":
             recompute.experts(model)
         expert.apply(model, mesh)
@@ -219,14 +219,15 @@ def _compile(model: Mixtral) -> None:
         block.self_attn.compile(dynamic=True)
 
 
-def _cut_parameters(model: Mixtral, mesh: Mesh) -> None:
-    """Replace each parameter (on meta) by what tp, ep and etp leave of it on this rank."""
+def _cut_parameters(model: Mixtral, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Replace each parameter (on meta) by what tp, ep and etp leave of it on this rank, the large ones in `dtype`."""
     table = layout.table(model.config)
     for module_name, module in model.named_modules():
         for name, p in list(module.named_parameters(recurse=False)):
             parameter = table[f"{module_name}.{name}"]
             shape = mesh.degrees.part(parameter.kind.dims, parameter.shape)
-            module.register_parameter(name, nn.Parameter(p.new_empty(shape), requires_grad=p.requires_grad))
+            held = p.new_empty(shape, dtype=torch.float32 if parameter.kind.is_small else dtype)
+            module.register_parameter(name, nn.Parameter(held, requires_grad=p.requires_grad))
 
 
 def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:

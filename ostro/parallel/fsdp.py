@@ -32,9 +32,7 @@ def apply(stage: nn.Module, model: Mixtral, mesh: Mesh, together: int, reshard: 
     small = {p for name, p in model.named_parameters() if table[name].kind.is_small}
     experts = [block.block_sparse_moe.experts for block in blocks]
     of_experts = {p for module in experts for p in module.parameters()}
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if mesh.sparse is not None:
         by_expert = not experts or len(experts[0].w13) % mesh.degrees.efsdp == 0
         for some in _runs(experts, together):
