@@ -24,12 +24,33 @@ def check(config: Config, run_dir: Path, device: torch.device) -> None:
     others = [path for path in run_dir.iterdir() if path.name != "logs"] if run_dir.is_dir() else []  # the launcher's
     if others and not (run_dir / "config.yaml").exists():
         raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
-    if config.train.eval_every and not config.data.eval_path:
-        raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
+    _check_evaluations(config)
+    if config.optim.offload and device.type == "cpu":
+        raise ConfigError("optim.offload=true means nothing where the device is a CPU: leave it out.")
     reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
     if reason is not None:
         raise ConfigError(reason)
     _check_memory(config, device)
+
+
+def _check_evaluations(config: Config) -> None:
+    """Refuse what waits for evaluations that will not come, and samples where the layout cannot make them."""
+    train, parallel = config.train, config.parallel
+    if train.eval_every and not config.data.eval_path:
+        raise ConfigError(f"train.eval_every={train.eval_every} needs data.eval_path: name the held-out text.")
+    waiting = {
+        "train.early_stop": train.early_stop,
+        "train.samples": train.samples,
+        "checkpoint.best": config.checkpoint.best,
+    }
+    for name, value in waiting.items():
+        if value and not train.eval_every:
+            raise ConfigError(f"{name}={value} waits for evaluations: set train.eval_every too.")
+    if train.samples and (max(parallel.tp, parallel.cp, parallel.pp) > 1 or train.exact):
+        raise ConfigError(
+            "train.samples are made where a rank has every layer and whole tokens: leave it out with tp, cp, pp or "
+            "train.exact, and complete the prompts from a checkpoint with ostro generate."
+        )
 
 
 def _check_memory(config: Config, device: torch.device) -> None:
@@ -62,4 +83,4 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.train.dtype == "auto":
         is_slow = device.type == "cpu" and not devices.bf16_is_fast()
         return torch.float32 if is_slow else torch.bfloat16
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.dtype]

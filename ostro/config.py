@@ -80,6 +80,8 @@ class Config(Section):
             raise ValueError("lora.targets names the embedding or the head, which are one matrix in this model")
         if self.moe.fp8:
             raise ValueError("moe.fp8 is for training the experts themselves: leave it out, or lora")
+        if self.train.master_dtype != "fp32":
+            raise ValueError("train.master_dtype is of weights that are trained, and lora trains its own in fp32")
         if lora.quantize and self.train.exact:
             raise ValueError("train.exact computes from whole matrices: leave it out, or lora.quantize")
         sizes = {name: getattr(self.model, name) for name in ("hidden_size", "intermediate_size")}
@@ -141,8 +143,6 @@ class Config(Section):
 # What a key can become in a later version; asking for it now is answered with what is true now.
 _NOT_YET = {
     "weights.upcycle": "upcycling a dense model is not there yet",
-    "train.dtype": "this version computes in bf16 or fp32",
-    "train.master_dtype": "this version keeps fp32 master weights",
 }
 
 

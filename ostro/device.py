@@ -43,6 +43,11 @@ def backend(device: torch.device) -> str:
     return "gloo" if device.type not in libraries else f"cpu:gloo,{device.type}:{libraries[device.type]}"
 
 
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether torch updates parameters on `device` in one pass over them."""
+    return device.type == "cpu" or is_cuda(device)
+
+
 def select(device: torch.device, index: int) -> None:
     """Make the accelerator number `index` of this host the current one; a CPU is one device.
 
@@ -126,6 +131,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     for word, tflops in _PEAK_TFLOPS.items():
         if device.type != "cpu" and word in label:
             return tflops * 1e12 * (0.5 if dtype == torch.float32 else 1.0)
-    if device.type == "cpu" and dtype != torch.float32 and not bf16_is_fast():
+    if device.type == "cpu" and (dtype == torch.float16 or not bf16_is_fast()):
         dtype = torch.float32  # products of 16-bit operands are computed in fp32 there: ops.linear
     return _rate(device, dtype, 1536 if device.type == "cpu" else 8192, 5)

@@ -52,6 +52,13 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def cut_rows(path: Path, step: int) -> None:
+    """Cut a file of one JSON object a line back to those of the steps up to `step`, if it is there."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     rows = []
@@ -74,8 +81,7 @@ class Metrics:
         if not is_main_rank():
             return
         self.path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        cut_rows(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(run_dir, step)
 
@@ -83,7 +89,9 @@ class Metrics:
         """Append one step's row; its scalars go to TensorBoard too."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
+        # What is not finite, as where a gradient overflows, has no word in JSON.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():

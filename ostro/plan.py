@@ -30,12 +30,12 @@ from ostro.data.loader import Row
 from ostro.errors import LayoutError
 from ostro.machine import usable_cores
 from ostro.model import ops, routing
-from ostro.optim import build_optimizer
+from ostro.optim import Optimizer, build_optimizer
 from ostro.parallel import memory
 from ostro.parallel.apply import World, mesh_of, parallelize
 from ostro.parallel.counting import CATEGORIES, Category, Footprint, Sent, Traffic
 from ostro.parallel.mesh import Mesh
-from ostro.train import add_gradients, update
+from ostro.step import add_gradients, update
 
 ASSUMED = (
     "Assumed: routing is balanced and drops nothing, every row is one document, what is sent has arrived; kernels' own "
@@ -87,7 +87,7 @@ def dry_run(config: Config, rank: int, *, as_accelerator: bool = True) -> DryRun
         raise LayoutError(f"rank {rank} is not among this layout's ranks 0 to {degrees.num_ranks - 1}.")
     degrees.check(config.model, for_run=True)
     start = time.perf_counter()
-    dtype = torch.float32 if config.train.dtype == "fp32" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(config.train.dtype, torch.bfloat16)
     with _fake_ranks(rank, degrees.num_ranks):
         mesh = mesh_of(config, torch.device("cpu"))
         with FakeTensorMode(allow_non_fake_inputs=True), ops.without_values(as_accelerator):
@@ -96,7 +96,7 @@ def dry_run(config: Config, rank: int, *, as_accelerator: bool = True) -> DryRun
 
 def _one_step(config: Config, mesh: Mesh, dtype: torch.dtype, start: float) -> DryRun:
     world = parallelize(config.model_copy(update={"train": _uncompiled(config)}), mesh, dtype)
-    optimizer = build_optimizer(world.parameters(), config.model, config.optim)
+    optimizer = build_optimizer(world.parameters(), config.model, config.optim, places=world.places())
     _meet_shapes(world, optimizer)
     with Footprint(world, optimizer) as memory, Traffic(mesh) as traffic:
         held = dict(memory.live)
@@ -120,7 +120,7 @@ def _one_step(config: Config, mesh: Mesh, dtype: torch.dtype, start: float) -> D
     )
 
 
-def _meet_shapes(world: World, optimizer: torch.optim.Optimizer) -> None:
+def _meet_shapes(world: World, optimizer: Optimizer) -> None:
     """Take a step that is not counted: at its first, DTensor makes whole tensors to find out shapes, fake ones always.
 
     In a dry run they would be among those that stand for real ones.

@@ -41,11 +41,14 @@ def data_state(config: Config, *, tokenizer_sha256: str, data_sha256: str) -> di
     }
 
 
-def state_of(config: Config, data: Mapping[str, Any], *, step: int, num_tokens: int) -> dict[str, Any]:
-    """Return the state of a run after `step` updates, random numbers included."""
+def state_of(
+    config: Config, data: Mapping[str, Any], *, step: int, num_tokens: int, loop: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the state of a run after `step` steps, random numbers and what the `loop` remembers included."""
     return {
         "step": step,
         "num_tokens": num_tokens,
+        "loop": loop,
         "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "data": data,
         "model": config.model.as_fields(),

@@ -64,34 +64,72 @@ class Train(Section):
     """How long and how: `steps` −1 means `epochs` over the data. Batches are counted in sequences.
 
     `exact` computes as the oracles of the tests do, expert by expert and from whole logits: slower, and in fp32 the
-    same bits as these oracles give.
+    same bits as these oracles give. `dtype` is that of the activations; fp16 multiplies the loss by a number that
+    starts at `loss_scale`, halves when a gradient overflows, which skips the update, and doubles after
+    `loss_scale_window` updates without. `master_dtype` is what the parameters are held in: bf16 rounds updates
+    stochastically, and leaves norms and routers in fp32.
+
+    After `early_stop` evaluations (every `eval_every` steps) without a better one the run ends; 0 never does. Each of
+    them completes the prompts of the file `samples`, one a line, by `sample_tokens`. `skip_spikes` updates nothing
+    where the gradient's norm is more than so many times the median of the last 128 (null: never).
     """
 
     steps: int = Field(default=-1, ge=-1)
     epochs: float = Field(default=1.0, gt=0)
     global_batch_sequences: int = Field(default=32, ge=1)
     micro_batch_sequences: int = Field(default=1, ge=1)
-    dtype: Literal["auto", "bf16", "fp32"] = "bf16"
-    master_dtype: Literal["fp32"] = "fp32"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "bf16"
+    loss_scale: float = Field(default=65535.0, ge=1)
+    loss_scale_window: int = Field(default=1000, ge=1)
+    master_dtype: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**63)
     exact: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     eval_every: int = Field(default=0, ge=0)
+    early_stop: int = Field(default=0, ge=0)
+    samples: str | None = None
+    sample_tokens: int = Field(default=64, ge=1)
+    skip_spikes: float | None = Field(default=None, gt=1)
 
 
 class Optim(Section):
-    """AdamW and its schedule; weight decay touches matrices only."""
+    """AdamW and its schedule; weight decay touches matrices only.
 
-    name: Literal["adamw"] = "adamw"
+    fp32_state_adam_weight_decay is MindFormers': averages are not corrected for their start from 0, eps is 1e-6 unless
+    set. `state_dtype` int8 holds averages in 8 bits, 256 at a time; `offload` keeps them in host memory. Warm-up and,
+    of wsd, the decay are shares of `total_steps`, which are the run's own where it is −1. A gradient norm above
+    `skip_grad_norm` (null: none is) skips the update.
+    """
+
+    name: Literal["adamw", "fp32_state_adam_weight_decay"] = "adamw"
+    implementation: Literal["auto", "fused", "foreach"] = "auto"
+    state_dtype: Literal["fp32", "int8"] = "fp32"
+    offload: bool = False
     learning_rate: float = Field(default=1e-5, ge=0)
     min_learning_rate: float = Field(default=1e-6, ge=0)
-    schedule: Literal["cosine", "cosine_mindformers", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "cosine_mindformers", "linear", "wsd", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    decay_ratio: float = Field(default=0.1, ge=0, le=1)
+    total_steps: int = Field(default=-1, ge=-1)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    skip_grad_norm: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eps(cls, fields: Any) -> Any:
+        is_mindformers = isinstance(fields, dict) and fields.get("name") == "fp32_state_adam_weight_decay"
+        return {"eps": 1e-6, **fields} if is_mindformers else fields
+
+    @field_validator("total_steps")
+    @classmethod
+    def _some(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be at least 1, or −1 for the run's own")
+        return value
 
     @model_validator(mode="after")
     def _falls(self) -> Optim:
@@ -229,13 +267,15 @@ class Lora(Section):
 class Checkpoint(Section):
     """A checkpoint every `every` steps (0: only at the end), the last `keep` kept; `resume` auto goes on from one.
 
-    `async` writes while training goes on, from a copy in host memory.
+    `async` writes while training goes on, from a copy in host memory. `best` saves after each evaluation that is the
+    best so far, and keeps that one beside the last: `checkpoints/best`.
     """
 
     every: int = Field(default=1000, ge=0)
     keep: int = Field(default=5, ge=1)
     asynchronous: bool = Field(default=True, alias="async")
     resume: Literal["auto", "must", "never"] = "auto"
+    best: bool = False
 
 
 class Run(Section):

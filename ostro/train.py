@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
 import platform
-import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ostro import checks, log, resume
+from ostro import checks, log, profiling, resume, samples, spikes
 from ostro import device as devices
-from ostro.batch import Batch, batch_of, require_known, why_none
 from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
-from ostro.data.shards import Shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.dataset import open_data, open_loader
-from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
+from ostro.errors import ConfigError, DataError, TrainError, WeightsError
 from ostro.evaluate import evaluate, expert_load
+from ostro.interrupts import Signals
 from ostro.machine import keep_freed_memory
-from ostro.model import layout, routing
-from ostro.model.mixtral import Mixtral
-from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
-from ostro.parallel.apply import World, mesh_of, parallelize
+from ostro.optim import build_optimizer
+from ostro.parallel.apply import mesh_of, parallelize
 from ostro.parallel.mesh import first_of_host, host_group
 from ostro.serve.engine import tokenizer_beside
+from ostro.step import Run, StepStats, train_step
+from ostro.stopping import Evaluations
 from ostro.weights import FORMATS, NO_HINTS, dcp, detect, lora_run, open_reader
-from ostro.weights.parts import Held, load_held
+from ostro.weights.parts import load_held
 from ostro.weights.saver import Saved, Saver, every_name
 from ostro.weights.saver import newest as newest_of_all
 from ostro.weights.store import RandomReader, Reader, architecture_difference
@@ -45,6 +39,7 @@ from ostro.weights.store import RandomReader, Reader, architecture_difference
 class Outcome:
     """How a run ended: its directory, the last step and the last one saved, the last row of metrics, the signal.
 
+    tokens_per_second and mfu are those of all steps of this process, evaluations and saving included in the seconds.
     `is_exportable` is False where no format but a training checkpoint can say which router it is.
     """
 
@@ -54,55 +49,10 @@ class Outcome:
     last: dict[str, Any]
     signal: int | None
     is_exportable: bool
-
-
-@dataclasses.dataclass(eq=False)
-class Run:
-    """Everything a step needs; `step` counts the updates done, `data` says which tokens they see.
-
-    `saved_step` is that of the newest checkpoint, `not_saved` why there is none, where that ends the run.
-    """
-
-    config: Config
-    run_dir: Path
-    device: torch.device
-    tokenizer: Tokenizer
-    loader: Loader
-    eval_shards: list[Shards]
-    world: World
-    optimizer: torch.optim.AdamW
-    total_steps: int
-    data: dict[str, Any]
-    saver: Saver
-    step: int = 0
-    num_tokens: int = 0
-    saved_step: int | None = None
-    not_saved: Error | None = None
-
-    @property
-    def model(self) -> Mixtral:
-        """The model, or this rank's first stage of it."""
-        return self.world.pipeline.stages[0].model
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
-
-    def held(self) -> dict[str, Held]:
-        """What this rank has of the weights and the optimizer's state."""
-        return self.world.held(state_tensors(self.world.saved_parameters(), self.optimizer))
-
-
-@dataclasses.dataclass(frozen=True)
-class StepStats:
-    """What one update did: the mean loss in nats per label, the gradient's norm, and summed routing statistics."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int
-    flops: float
-    stats_LS: Tensor
+    evaluations: Evaluations
+    has_best: bool
+    tokens_per_second: float
+    mfu: float
 
 
 def train(config: Config) -> Outcome:
@@ -153,12 +103,15 @@ def set_up(config: Config) -> Run:
         loader=loader,
         eval_shards=eval_shards,
         world=world,
-        optimizer=build_optimizer(world.parameters(), config.model, config.optim),
+        optimizer=build_optimizer(
+            world.parameters(), config.model, config.optim, seed=config.train.seed, places=world.places()
+        ),
         total_steps=_total_steps(config, loader),
         data=resume.data_state(config, tokenizer_sha256=tokenizer.sha256, data_sha256=token_shards.fingerprint(shards)),
         saver=Saver(
             run_dir / "checkpoints", config.checkpoint.keep, host_group(), asynchronous=config.checkpoint.asynchronous
         ),
+        prompts=samples.read_prompts(config.train.samples) if config.train.samples else (),
     )
     _start_or_resume(run)
     if log.is_main_rank():
@@ -240,80 +193,8 @@ def _write_run_files(run: Run) -> None:
     if not (run.run_dir / "tokenizer").exists():
         run.tokenizer.save(run.run_dir / "tokenizer.partial")
         (run.run_dir / "tokenizer.partial").rename(run.run_dir / "tokenizer")
-
-
-def train_step(run: Run) -> StepStats:
-    """Do one update: accumulate over micro-batches weighted by valid tokens, clip, and step.
-
-    Every rank of the run does so at the same time; all of them return the same.
-    """
-    config, world, device = run.config, run.world, run.device
-    mesh, train = world.mesh, config.train
-    rows = run.loader.rows(run.step, train.global_batch_sequences, mesh.data_rank, mesh.num_data_ranks)
-    require_known(rows, config.model.vocab_size, f"step {run.step + 1}")
-    counted = rows if world.counts_data else []
-    lengths = [n for row in counted for n in row.document_lengths]
-    flops = layout.training_flops(config.model, lengths, world.lora)
-    totals = [sum(float(row.weights_L.sum()) for row in counted), sum(len(row.tokens_L) for row in counted), flops]
-    totals_3 = torch.tensor(totals, dtype=torch.float64, device=device)
-    num_labels, num_tokens, flops = world.sum_over_ranks(totals_3).tolist()
-    if num_labels == 0:
-        raise TrainError(f"step {run.step + 1}: no token of this batch has a label that is learned: {why_none(rows)}.")
-    num_stats = routing.num_stats(config.model.num_local_experts)
-    stats_LS = torch.zeros(config.model.num_hidden_layers, num_stats, dtype=torch.float64, device=device)
-    batches = [
-        batch_of(
-            rows[first : first + train.micro_batch_sequences],
-            device,
-            balance_scale=1.0 / num_tokens,
-            stats_LS=stats_LS,
-            draws_from=_draws_from(run, first, len(rows)) if config.draws else None,
-            multiple=world.multiple,
-        )
-        for first in range(0, len(rows), train.micro_batch_sequences)
-    ]
-    sums = add_gradients(world, batches, 1.0 / num_labels, stats_LS)
-    loss, grad_norm = sums[0].item(), math.sqrt(sums[1].item())
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainError(
-            f"step {run.step + 1}: the loss is {loss} and the gradient's norm {grad_norm}; nothing was updated. "
-            "Lower optim.learning_rate, or look at this step's data."
-        )
-    rate = learning_rate(config.optim, run.step, run.total_steps)
-    set_learning_rate(run.optimizer, rate)
-    update(world, run.optimizer, clip_factor(grad_norm, config.optim.max_grad_norm))
-    world.update_biases(stats_LS, config.moe.bias_update_rate)
-    run.step += 1
-    run.num_tokens += int(num_tokens)
-    return StepStats(loss, grad_norm, rate, int(num_tokens), flops, stats_LS)
-
-
-def add_gradients(world: World, batches: Sequence[Batch], scale: float, stats_LS: Tensor) -> Tensor:
-    """Add up a step's gradients; return the loss and the gradient's squared norm of all ranks [2], fp64.
-
-    Statistics, which the batches add to, are summed over the ranks as well. Nothing is waited for.
-    """
-    part = world.forward_backward(batches, scale)
-    sums = torch.stack([part.double(), world.squared_grad_norm()])
-    for each in (sums, stats_LS):
-        world.sum_over_ranks(each)
-    return sums
-
-
-def update(world: World, optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Update the parameters by their gradients times `factor`, and drop the gradients."""
-    world.scale_gradients(factor)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _draws_from(run: Run, first: int, num_rows: int) -> list[int]:
-    """Return the numbers jitter is drawn from for a micro-batch of this rank's rows, other seeds far away."""
-    train, mesh = run.config.train, run.world.mesh
-    count = train.global_batch_sequences
-    row = run.step * count + mesh.data_rank * (count // mesh.num_data_ranks) + first
-    numbers = range(row, row + min(train.micro_batch_sequences, num_rows - first))
-    return [(train.seed * 0x9E3779B97F4A7C15 + number * run.config.data.seq_length) % (1 << 62) for number in numbers]
+    for name in (spikes.FILE, samples.FILE):
+        log.cut_rows(run.run_dir / name, run.step)
 
 
 def _loop(run: Run) -> Outcome:
@@ -321,44 +202,74 @@ def _loop(run: Run) -> Outcome:
     metrics = log.Metrics(run.run_dir, run.step)
     progress = log.Progress(run.total_steps, config.run.log_every)
     rate = devices.peak_flops(run.device, run.model.compute_dtype) * run.world.mesh.degrees.num_ranks
-    profiling = config.profile.range()
+    profiling_range = config.profile.range()
     profiler = None
     row: dict[str, Any] = {}
-    with _Signals() as signals:
-        while run.step < run.total_steps and not run.world.any_rank(signals.caught or 0):
-            if profiling and profiler is None and log.is_main_rank() and profiling[0] <= run.step + 1 <= profiling[1]:
-                profiler = _start_profiler()
+    begun, tokens_before, flops = time.perf_counter(), run.num_tokens, 0.0
+    with Signals() as signals:
+        while not _is_over(run) and not run.world.any_rank(signals.caught or 0):
+            first, last = profiling_range or (0, -1)
+            if profiler is None and log.is_main_rank() and first <= run.step + 1 <= last:
+                profiler = profiling.start()
             start = time.perf_counter()
             stats = train_step(run)
             row = _metrics_row(run, stats, time.perf_counter() - start, rate)
-            if profiler is not None and profiling and run.step >= min(profiling[1], run.total_steps):
-                _write_profile(run, profiler)
+            flops += stats.flops
+            if profiler is not None and run.step >= min(last, run.total_steps):
+                profiling.write(run.run_dir, profiler)
                 profiler = None
             if run.eval_shards and config.train.eval_every and run.step % config.train.eval_every == 0:
-                data = config.data
-                row |= evaluate(run.world, run.eval_shards, data.seq_length, data.packing, data.pad_token_id).metrics()
+                row |= _evaluate(run)
             metrics.write(row)
             progress.show(row)
             _settle(run, run.saver.poll(), progress)
-            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
-                _save(run, progress)
+            is_best = config.checkpoint.best and run.evaluations.best_step == run.step
+            if is_best or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+                _save(run, progress, is_best)
         if profiler is not None:  # stopped inside the range
-            _write_profile(run, profiler)
+            profiling.write(run.run_dir, profiler)
         _settle(run, run.saver.finish(), progress)
         if run.saved_step != run.step:
             _save(run, progress)
             _settle(run, run.saver.finish(), progress)
             _require_saved(run)
     metrics.close()
-    is_exportable = config.model.router == "softmax"
-    caught = run.world.any_rank(signals.caught or 0) or None  # a signal may have come to another rank
-    return Outcome(run.run_dir, run.step, run.saved_step or 0, row, caught, is_exportable)
+    seconds = time.perf_counter() - begun
+    return Outcome(
+        run.run_dir,
+        run.step,
+        run.saved_step or 0,
+        row,
+        run.world.any_rank(signals.caught or 0) or None,  # a signal may have come to another rank
+        config.model.router == "softmax",
+        run.evaluations,
+        dcp.best(run.checkpoints) is not None,
+        (run.num_tokens - tokens_before) / seconds,
+        flops / seconds / rate,
+    )
+
+
+def _is_over(run: Run) -> bool:
+    return run.step >= run.total_steps or run.evaluations.is_over(run.config.train.early_stop)
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    """Score the held-out text, complete the prompts, and return what a row of metrics says of it."""
+    data, train = run.config.data, run.config.train
+    found = evaluate(run.world, run.eval_shards, data.seq_length, data.packing, data.pad_token_id)
+    run.evaluations = run.evaluations.after(found.loss, run.step)
+    if run.prompts:
+        texts = samples.complete(run.world, run.tokenizer, run.prompts, train.sample_tokens)
+        samples.write(run.run_dir, run.step, run.prompts, texts)
+    return found.metrics()
 
 
 def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dict[str, Any]:
     num_experts = run.config.model.num_local_experts
     means = stats.stats_LS[:, num_experts:].sum(dim=0) / (len(stats.stats_LS) * stats.num_tokens)
     balance, z, entropy, confidence, dropped = means.tolist()
+    scaling = {"loss_scale": stats.loss_scale, "overflow": stats.skipped == "overflow"} if run.scales_loss else {}
+    spike = {"skipped": True} if stats.skipped == "spike" else {}
     return {
         "step": run.step,
         "loss": stats.loss,
@@ -374,41 +285,17 @@ def _metrics_row(run: Run, stats: StepStats, seconds: float, rate: float) -> dic
         "router_confidence": confidence,
         "drop_rate": dropped / run.config.model.num_experts_per_tok,
         "seconds": seconds,
+        **scaling,
+        **spike,
     }
 
 
-class _Signals:
-    """Between enter and exit, SIGTERM and SIGINT are noted in `caught`; a second one does not tear the save."""
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.caught is None:
-            # Past Python's buffers: a signal may arrive in the middle of a print.
-            os.write(2, b"\nstopping after this step, then saving; kill -9 stops without\n")
-        self.caught = number
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: whoever runs us there owns the signals
-                break
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _save(run: Run, progress: log.Progress) -> None:
+def _save(run: Run, progress: log.Progress, is_best: bool = False) -> None:
     """Begin a checkpoint of the present step, after the one before has ended; without `async` it ends here."""
     _settle(run, run.saver.finish(), progress)
     _require_saved(run)
-    state = resume.state_of(run.config, run.data, step=run.step, num_tokens=run.num_tokens)
-    run.saver.save(run.step, run.held(), state)
+    state = resume.state_of(run.config, run.data, step=run.step, num_tokens=run.num_tokens, loop=run.remembered())
+    run.saver.save(run.step, run.held(), state, is_best=is_best)
     if not run.config.checkpoint.asynchronous:
         _settle(run, run.saver.finish(), progress)
         _require_saved(run)
@@ -439,27 +326,10 @@ def _resume(run: Run, folder: Path) -> None:
     state = load_held(folder, held, every_name(held, run.saver.group))
     resume.restore_rng(state)
     run.step, run.num_tokens, run.saved_step = state["step"], state["num_tokens"], state["step"]
-    done = run.step >= run.total_steps
+    run.remember(state.get("loop", {}))
+    done = _is_over(run)
     log.say(
         f"{run.run_dir} is at step {run.step} of {run.total_steps}: there is nothing left to do"
         if done
         else f"resuming {run.run_dir} at step {run.step}"
     )
-
-
-def _start_profiler() -> Any:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [a for a in torch.profiler.supported_activities() if a not in activities]
-    profiler = torch.profiler.profile(activities=activities, record_shapes=True)
-    profiler.start()
-    return profiler
-
-
-def _write_profile(run: Run, profiler: Any) -> None:
-    profiler.stop()
-    folder = run.run_dir / "profile"
-    folder.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
-    (folder / "slowest.txt").write_text(table + "\n", encoding="utf-8")
-    log.say(f"wrote {folder / 'trace.json'} and {folder / 'slowest.txt'}")

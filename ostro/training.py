@@ -31,12 +31,15 @@ def _say(outcome: Outcome, echo: Callable[[str], object]) -> None:
         echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
         return
     peak = device.peak_memory_bytes(device.accelerator())
-    last = outcome.last
-    if last:
+    best = outcome.evaluations
+    if outcome.last:
         echo(
-            f"step {outcome.step}: loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s, "
-            f"{last['mfu']:.0%} of the machine's rate, {peak / 1e9:.1f} GB at most"
+            f"step {outcome.step}: loss {outcome.last['loss']:.4f}; {outcome.tokens_per_second:,.0f} tokens/s and "
+            f"{outcome.mfu:.0%} of the machine's rate, all in all; {peak / 1e9:.1f} GB at most"
         )
-    echo(f'next: ostro evaluate {outcome.run_dir} DATA   ostro generate {outcome.run_dir} "PROMPT"')
+    if best.best_loss is not None:
+        echo(f"best evaluation: {best.best_loss:.4f} at step {best.best_step}")
+    path = outcome.run_dir / "checkpoints" / "best" if outcome.has_best else outcome.run_dir
+    echo(f'next: ostro evaluate {path} DATA   ostro generate {path} "PROMPT"')
     if outcome.is_exportable:
-        echo(f"      ostro convert {outcome.run_dir} DIR --to hf")
+        echo(f"      ostro convert {path} DIR --to hf")

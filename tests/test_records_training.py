@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,25 +23,6 @@ PAD, IGNORED = 0, -100
 # The first loss as the logits agree between frameworks; later ones as layouts do: weights that differ by one rounding
 # move the fifth loss by up to 2.2e-5, which is 8e-6 of it.
 FIRST, LATER = 4e-6, 1e-5
-
-
-class AdamWeightDecay(torch.optim.Optimizer):
-    """MindSpore's AdamWeightDecay without decay: Adam whose averages are not corrected for their start from 0."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state, gradient = self.state[parameter], parameter.grad
-                mean = state.setdefault("mean", torch.zeros_like(parameter))
-                square = state.setdefault("square", torch.zeros_like(parameter))
-                mean.mul_(0.9).add_(gradient, alpha=float(np.float32(1) - np.float32(0.9)))
-                # MindSpore subtracts in fp32: 4.7e-5 more than 0.001, which the last recorded loss shows.
-                square.mul_(0.999).addcmul_(gradient, gradient, value=float(np.float32(1) - np.float32(0.999)))
-                parameter.sub_(group["lr"] * mean / (square.sqrt() + 1e-6))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +79,8 @@ def config(golden: Path, data: Path, run_dir: Path, seq_length: int, *more: str)
         "train.steps=5",
         "train.global_batch_sequences=2",
         "moe.router_aux_loss_coef=0",
+        "optim.name=fp32_state_adam_weight_decay",
+        "optim.betas=[0.9,0.999]",
         "optim.schedule=constant",
         "optim.learning_rate=1e-2",
         "optim.warmup_ratio=0",
@@ -109,12 +91,10 @@ def config(golden: Path, data: Path, run_dir: Path, seq_length: int, *more: str)
 
 
 def started(golden: Path, data: Path, tokenizer: Tokenizer, folder: Path, seq_length: int, *more: str) -> Run:
-    """Return a run over MindRecord files with the recorded weights, and with MindFormers' optimizer in ours's place."""
+    """Return a run over MindRecord files with the recorded weights and MindFormers' optimizer."""
     tokenizer.save(folder / "vocabulary")
     prepare([data], folder / "prepared", tokenizer=tokenizer)
-    run = set_up(config(golden, folder / "prepared", folder / "run", seq_length, *more))
-    run.optimizer = AdamWeightDecay(run.model.parameters(), lr=1e-2)  # type: ignore[assignment]
-    return run
+    return set_up(config(golden, folder / "prepared", folder / "run", seq_length, *more))
 
 
 def assert_losses(found: list[float], losses: list[float]) -> None:
@@ -122,13 +102,19 @@ def assert_losses(found: list[float], losses: list[float]) -> None:
     assert found == pytest.approx(losses, rel=LATER, abs=0)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize(("micro_batch", "implementation"), [(1, "foreach"), (2, "fused")])
 def test_records_train_as_they_do_in_mindformers(
-    golden: Path, recorded: tuple[np.ndarray, list[float]], tokenizer: Tokenizer, tmp_path: Path, micro_batch: int
+    golden: Path,
+    recorded: tuple[np.ndarray, list[float]],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    micro_batch: int,
+    implementation: str,
 ) -> None:
     records, losses = recorded
     data = written(tmp_path / "wiki.mindrecord", [{"input_ids": row} for row in records])
-    run = started(golden, data, tokenizer, tmp_path, 16, f"train.micro_batch_sequences={micro_batch}")
+    more = (f"train.micro_batch_sequences={micro_batch}", f"optim.implementation={implementation}")
+    run = started(golden, data, tokenizer, tmp_path, 16, *more)
     assert_losses([train_step(run).loss for _ in losses], losses)
 
 

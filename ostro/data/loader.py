@@ -124,6 +124,16 @@ class Loader:
         share = count // num_ranks
         return self.read(step * count + rank * share, share)
 
+    def documents(self, step: int, count: int) -> dict[str, list[int]]:
+        """Return which documents global batch `step` of `count` rows has parts of: by folder, counted from 1."""
+        found: set[tuple[str, int]] = set()
+        for position in range(step * count, (step + 1) * count):
+            number, at = divmod(position, self._block_rows)
+            starts_P = self._block(number).between(at, at + 1).starts_P
+            found |= {self._stream.place(int(i)) for i in self._stream.ends.searchsorted(starts_P, side="right")}
+        folders = sorted({folder for folder, _ in found})
+        return {folder: sorted(number for its, number in found if its == folder) for folder in folders}
+
     def read(self, first: int, count: int) -> list[Row]:
         """Return `count` rows from position `first` on; those read together share their memory."""
         assert first >= 0
@@ -267,9 +277,14 @@ class _Stream:
         return self._paths[int(self._documents.searchsorted(document, side="right"))]
 
     def where(self, document: int) -> str:
-        """Name a document of the stream in an error: its folder, and its number there, counted from 1."""
+        """Name a document of the stream in an error."""
+        folder, number = self.place(document)
+        return f"{folder} document {number}"
+
+    def place(self, document: int) -> tuple[str, int]:
+        """Return the folder of a document of the stream, and its number there, counted from 1."""
         part = int(self._documents.searchsorted(document, side="right"))
-        return f"{self._paths[part]} document {document - (int(self._documents[part - 1]) if part else 0) + 1}"
+        return str(self._paths[part]), document - (int(self._documents[part - 1]) if part else 0) + 1
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the tokens of runs [start, stop), one after another, and which are learned (None: all)."""

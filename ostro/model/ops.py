@@ -191,9 +191,11 @@ def _computes_as_cpu(x: Tensor) -> bool:
 
 
 def _products_in_fp32(x: Tensor) -> bool:
-    # A CPU without 16-bit units multiplies bf16 matrices hundreds of times slower than fp32 ones. The product of the
-    # rounded operands, accumulated in fp32 and rounded once, is what a 16-bit unit would give.
-    return x.dtype != torch.float32 and x.dtype.itemsize < 4 and _computes_as_cpu(x) and not device.bf16_is_fast()
+    # A CPU without 16-bit units (for fp16 none has them) multiplies such matrices hundreds of times slower than fp32
+    # ones. The product of the rounded operands, accumulated in fp32 and rounded once, is what such a unit would give.
+    if x.dtype == torch.float32 or x.dtype.itemsize >= 4 or not _computes_as_cpu(x):
+        return False
+    return x.dtype == torch.float16 or not device.bf16_is_fast()
 
 
 def embedding(tokens_T: Tensor, table_VD: Tensor) -> Tensor:

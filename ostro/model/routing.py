@@ -73,16 +73,16 @@ def jitter(x_TD: Tensor, draws_T: Tensor, layer: int, noise: float) -> Tensor:
 
 def uniform(draws_T: Tensor, salt: int, num_channels: int, first_channel: int = 0) -> Tensor:
     """Return numbers between 0 and 1 [T, channels], fp32: a pure function of (draw of the token, salt, channel)."""
-    key_T = _mixed(_mixed(draws_T) + salt)
-    channels_D = torch.arange(first_channel + 1, first_channel + num_channels + 1, device=draws_T.device) * _GOLDEN
-    bits_TD = (_mixed(key_T[:, None] + channels_D) >> 40) & 0xFFFFFF
+    key_T = mixed(mixed(draws_T) + salt)
+    channels_D = torch.arange(first_channel + 1, first_channel + num_channels + 1, device=draws_T.device) * GOLDEN
+    bits_TD = (mixed(key_T[:, None] + channels_D) >> 40) & 0xFFFFFF
     return (bits_TD.float() + 0.5) * 2.0**-24
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as an int64
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as an int64
 
 
-def _mixed(bits: Tensor) -> Tensor:
+def mixed(bits: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al., OOPSLA'14) on int64, whose products wrap around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))  # the mask makes it a logical shift

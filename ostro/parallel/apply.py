@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ostro.batch import Batch
 from ostro.config import Config
@@ -20,7 +19,7 @@ from ostro.model.lora import add as add_lora
 from ostro.model.mixtral import Mixtral
 from ostro.model.quant import NF4
 from ostro.model.settings import LoraConfig, ModelConfig
-from ostro.optim import parameter_of
+from ostro.optim import Place, block_box, is_of_blocks, local, parameter_of
 from ostro.parallel import context, expert, fsdp, recompute, tensor
 from ostro.parallel.mesh import Mesh, open_mesh
 from ostro.parallel.mesh import alone as one_process
@@ -70,6 +69,11 @@ class World:
         modules = (found for stage in self.pipeline.stages for found in stage.model.named_modules())
         return {name: module for name, module in modules if isinstance(module, NF4)}
 
+    def places(self) -> dict[str, Place]:
+        """Return where this rank's parts of the parameters begin."""
+        held = {**self.held_parameters(), **self.held_adapters()}
+        return {name: Place(piece.box.offsets, piece.shape) for name, piece in held.items()}
+
     def held(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
         """Return this rank's parts of a training checkpoint's tensors (`optim.state_tensors`), with their places."""
         return self._held({key: (parameter_of(key), value) for key, value in tensors.items()})
@@ -85,8 +89,9 @@ class World:
             if box is None:
                 assert not values.numel(), key
             else:
-                assert tuple(values.shape) == box[1], (key, values.shape, box)
-                found[key] = Held(values, Box(*box), parameter.shape)
+                part = block_box(*box, parameter.shape) if is_of_blocks(key) else (*box, parameter.shape)
+                assert tuple(values.shape) == part[1], (key, values.shape, part)
+                found[key] = Held(values, Box(*part[:2]), part[2])
         return found
 
     def load(self, reader: Reader) -> None:
@@ -238,7 +243,7 @@ def parallelize(config: Config, mesh: Mesh, dtype: torch.dtype) -> World:
             if lora is not None:
                 add_lora(model, config.model, lora)
         model = split(model, layers[index], index == 0, index == len(layers) - 1)
-        _cut_parameters(model, mesh, table, lora)
+        _cut_parameters(model, mesh, table, lora, _kept_dtype(config, dtype))
         if config.train.recompute == "selective":
             recompute.experts(model)
         expert.apply(model, mesh)
@@ -262,11 +267,6 @@ def alone(model: Mixtral) -> World:
     return World(mesh, model.config, Pipeline([Stage(model, 0)], mesh, 1, "1f1b"))
 
 
-def local(value: Tensor) -> Tensor:
-    """Return the memory of a tensor that is on this rank."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _compile(model: Mixtral) -> None:
     """Compile what lies between the products: norms, rotary positions, casts. Lengths of documents stay outside."""
     for block in model.blocks.values():
@@ -275,11 +275,17 @@ def _compile(model: Mixtral) -> None:
         block.self_attn.compile(dynamic=True)
 
 
-def _cut_parameters(model: Mixtral, mesh: Mesh, table: Mapping[str, layout.Parameter], lora: LoraConfig | None) -> None:
-    """Replace each parameter (on meta) by what tp, ep and etp leave of it on this rank, as it is to be kept.
+def _kept_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the large parameters: the masters', or of those that LoRA leaves the one computed in."""
+    if config.lora is not None:
+        return dtype
+    return torch.bfloat16 if config.train.master_dtype == "bf16" else torch.float32
 
-    With LoRA what is large and frozen is kept in the dtype that is computed in, or in 4 bits.
-    """
+
+def _cut_parameters(
+    model: Mixtral, mesh: Mesh, table: Mapping[str, layout.Parameter], lora: LoraConfig | None, dtype: torch.dtype
+) -> None:
+    """Replace each parameter (on meta) by what tp, ep and etp leave of it, the large ones in `dtype` or 4 bits."""
     for module_name, module in list(model.named_modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             parameter = table[f"{module_name}.{name}"]
@@ -289,8 +295,7 @@ def _cut_parameters(model: Mixtral, mesh: Mesh, table: Mapping[str, layout.Param
                 delattr(module, name)
                 module.add_module(name, NF4(shape, parameter.shape, offsets, p.device))
                 continue
-            is_frozen = lora is not None and not (kind.is_small or kind.is_low_rank)
-            kept = p.new_empty(shape, dtype=model.compute_dtype if is_frozen else p.dtype)
+            kept = p.new_empty(shape, dtype=torch.float32 if kind.is_small or kind.is_low_rank else dtype)
             module.register_parameter(name, nn.Parameter(kept, requires_grad=p.requires_grad))
 
 

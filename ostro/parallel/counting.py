@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
 
+from ostro.optim import Optimizer
 from ostro.parallel.apply import World, local
 from ostro.parallel.mesh import Mesh
 
@@ -116,7 +117,7 @@ class Footprint(TorchDispatchMode):
     activations: everything else. `peak` is the division at the moment of the largest sum; `most` is each one's own.
     """
 
-    def __init__(self, world: World, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, world: World, optimizer: Optimizer) -> None:
         super().__init__()
         self.world = world
         self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)

@@ -42,9 +42,7 @@ def apply(
     of_experts = {p for module in experts for p in module.parameters()} - small
     if not of_experts:
         experts = []
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if mesh.sparse is not None:
         by_expert = not experts or experts[0].w13.shape[0] % mesh.degrees.efsdp == 0
         for some in _runs(experts, together):

@@ -24,7 +24,7 @@ from ostro.errors import ConfigError, WeightsError
 from ostro.model import layout
 from ostro.model.settings import ModelConfig
 from ostro.weights.dcp_file import DAMAGED, METADATA, open_tensors, write_tensors
-from ostro.weights.folder import written_beside
+from ostro.weights.folder import not_written, written_beside
 from ostro.weights.hf_config import SaveTokenizer, save_tokenizer
 from ostro.weights.reshard import Box, whole
 from ostro.weights.store import (
@@ -43,6 +43,7 @@ WHAT = "a training checkpoint (a step-… folder, the checkpoints folder around 
 WEIGHTS_PREFIX = "model."  # "model." + canonical name; the optimizer's tensors have other prefixes
 
 STATE = "state.json"
+BEST = "best"
 _STEP = re.compile(r"step-(\d{8,18})")
 
 
@@ -70,12 +71,30 @@ def latest(directory: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def best(directory: Path) -> Path | None:
+    """Return the whole checkpoint that is marked as the best in a folder of them, or None."""
+    found = directory / BEST
+    return directory / found.readlink() if found.is_symlink() and is_whole(found) else None
+
+
+def mark_best(directory: Path, step: int) -> None:
+    """Mark the checkpoint of a step as the best: a link, so that any verb takes its path for a model."""
+    beside = directory / f"{BEST}.partial"
+    beside.unlink(missing_ok=True)
+    try:
+        beside.symlink_to(step_folder(directory, step).name)
+        beside.replace(directory / BEST)
+    except OSError as error:
+        raise not_written(directory / BEST, error) from error
+
+
 def prune(directory: Path, keep: int, step: int | None = None) -> None:
-    """Remove all but the newest `keep` whole checkpoints, and what interrupted saves left behind.
+    """Remove all but the newest `keep` whole checkpoints and the best, and what interrupted saves left behind.
 
     With `step` later ones are neither counted nor removed: they are of a save that another host did not finish.
     """
-    found = {number: folder for number, folder in steps(directory).items() if step is None or number <= step}
+    spared = best(directory)
+    found = {n: folder for n, folder in steps(directory).items() if (step is None or n <= step) and folder != spared}
     for number in sorted(found)[: max(0, len(found) - keep)]:
         hide(found[number])
     sweep(directory)

@@ -66,10 +66,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._ended: list[Saved | Exception] = []
 
-    def save(self, step: int, held: Mapping[str, Held], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, held: Mapping[str, Held], state: Mapping[str, Any], *, is_best: bool = False) -> None:
         """Save what the ranks hold, and the JSON state of the lowest; waits for a save that is under way.
 
-        What becomes of it, `poll` and `finish` say; the last good checkpoint is kept until this one is whole.
+        What becomes of it, `poll` and `finish` say; the last good checkpoint is kept until this one is whole. The best
+        is kept, as `dcp.BEST`, until there is another.
         """
         self._wait()
         try:
@@ -81,7 +82,7 @@ class Saver:
         values = {name: held[name] for name in self._plan.mine}
         if self._asynchronous:
             values = {name: self._copied(name, piece) for name, piece in values.items()}
-        job = functools.partial(self._run, step, self._plan, values, json.dumps(state, indent=1) + "\n")
+        job = functools.partial(self._run, step, self._plan, values, json.dumps(state, indent=1) + "\n", is_best)
         if self._asynchronous:
             # No daemon: a process that comes to its end waits for it.
             self._thread = threading.Thread(target=_politely, args=(job,), name=f"save step {step}")
@@ -115,10 +116,12 @@ class Saver:
             copy = self._copies[name] = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype)
         return dataclasses.replace(piece, tensor=copy.copy_(piece.tensor))
 
-    def _run(self, step: int, plan: _Plan, values: Mapping[str, Held], state: str) -> None:
+    def _run(self, step: int, plan: _Plan, values: Mapping[str, Held], state: str, is_best: bool) -> None:
         try:
             _write(dcp.step_folder(self._directory, step), plan, values, state, self.group)
             if plan.is_lead:
+                if is_best:
+                    dcp.mark_best(self._directory, step)
                 dcp.prune(self._directory, self._keep, step)
             self._ended.append(Saved(step, None))
         except Error as error:
