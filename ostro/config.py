@@ -112,7 +112,6 @@ class Config(Section):
 
 # What a key can become in a later version; asking for it now is answered with what is true now.
 _NOT_YET = {
-    "weights.upcycle": "upcycling a dense model is not there yet",
     "train.dtype": "this version computes in bf16 or fp32",
     "train.master_dtype": "this version keeps fp32 master weights",
 }

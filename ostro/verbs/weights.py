@@ -32,6 +32,8 @@ def convert(
     qkv_concat: Annotated[bool, typer.Option("--qkv-concat", help="MindSpore: q, k and v in one.")] = False,
     quantize: Annotated[str | None, typer.Option(help="GGUF: f32, bf16, f16, q8_0 or q4_0.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read back from the disk and compare every bit.")] = False,
+    *,
+    upcycle: Annotated[bool, typer.Option("--upcycle", help="Make experts of a dense Mistral's layers.")] = False,
 ) -> None:
     """Write a checkpoint in another format; it appears whole or not at all."""
     from ostro.conversion import Request
@@ -56,6 +58,7 @@ def convert(
             qkv_concat=qkv_concat,
             quantize=quantize,
             verify=verify,
+            upcycle=upcycle,
         ),
         typer.echo,
     )
