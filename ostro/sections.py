@@ -31,7 +31,7 @@ class Weights(Section):
     @model_validator(mode="after")
     def _upcycles_something(self) -> Weights:
         if self.upcycle and self.path is None:
-            raise ValueError("weights.upcycle=true says what to make of weights.path, and there is none: name one")
+            raise ValueError("upcycle=true says what to make of weights.path, and there is none: name one")
         return self
 
 
