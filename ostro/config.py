@@ -140,12 +140,6 @@ class Config(Section):
         return yaml.safe_dump(fields, sort_keys=False)
 
 
-# What a key can become in a later version; asking for it now is answered with what is true now.
-_NOT_YET = {
-    "weights.upcycle": "upcycling a dense model is not there yet",
-}
-
-
 def recipe_names() -> list[str]:
     """Return the names of the shipped recipes."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*.yaml"))
@@ -209,9 +203,6 @@ def _build(fields: dict[str, Any], lines: Mapping[str, str]) -> Config:
 
 
 def _sentence(key: str, problem: Any) -> str:
-    for name, fact in _NOT_YET.items():
-        if key == name or key.startswith(f"{name}."):
-            return f"{key}={problem['input']!r} cannot be had: {fact}."
     if problem["type"] == "extra_forbidden":
         known = _known(key)
         section = key.rpartition(".")[0]

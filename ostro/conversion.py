@@ -13,7 +13,7 @@ from typing import Any
 from ostro import log, weights
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.degrees import Degrees, host_ranks, parse
-from ostro.errors import ConfigError, DataError, Error, nearest
+from ostro.errors import ConfigError, DataError, Error, WeightsError, nearest
 from ostro.inspection import described, hints_of
 from ostro.log import size
 from ostro.model.settings import ModelConfig
@@ -22,6 +22,8 @@ from ostro.weights import Reader
 from ostro.weights.adapters import Adapter, open_adapter
 from ostro.weights.joined import join
 from ostro.weights.mindspore_layout import MindSporeDegrees
+from ostro.weights.store import architecture_difference
+from ostro.weights.upcycle import open_upcycled
 
 # Which formats a target of this suffix is a file of; without --to the first is meant.
 _FILES = {
@@ -70,6 +72,7 @@ class Request:
     verify: bool = False
     adapter: str | None = None
     others: tuple[str, ...] = ()
+    upcycle: bool = False
 
 
 def convert(asked: Request, say: Callable[[str], None]) -> None:
@@ -82,7 +85,8 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
         return _join(asked, say)
     to = asked.to or _FILES.get(asked.target.suffix, ("hf",))[0]
     _require_fitting(asked, to)
-    reader = weights.open_reader(asked.source, hints_of(asked.format, asked.model, asked.strategy, asked.step))
+    hints = hints_of(asked.format, asked.model, asked.strategy, asked.step)
+    reader = _upcycled(asked.source, hints) if asked.upcycle else weights.open_reader(asked.source, hints)
     say(f"{asked.source}: {described(reader)}")
     for note in reader.notes:
         say(f"  {note}")
@@ -139,6 +143,19 @@ def _join(asked: Request, say: Callable[[str], None]) -> None:
     )
     if asked.target.name != first.name:
         say(f"  to resume from it, put it where all ranks see it, as checkpoints/{first.name} of the run directory")
+
+
+def _upcycled(source: str, hints: weights.Hints) -> Reader:
+    if hints != weights.Hints(model=hints.model):
+        raise ConfigError(
+            "--upcycle reads a Hugging Face folder of a dense Mistral: leave --from, --strategy and --step out."
+        )
+    reader = open_upcycled(source, hints.model)
+    differing = architecture_difference(reader.model, hints.model or reader.model)
+    if differing is not None:
+        name, theirs, ours = differing
+        raise WeightsError(f"{source} has {name}={theirs}, and --model has {ours}: name a model of the same sizes.")
+    return reader
 
 
 def _is_bare(asked: Request, to: str) -> bool:

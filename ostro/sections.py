@@ -20,12 +20,19 @@ class Section(BaseModel):
 class Weights(Section):
     """Where training starts from: `path` is a checkpoint of any format or a run; null draws random weights.
 
-    `strategy` are the strategy files of MindSpore's rank folders, where they do not lie beside them.
+    `strategy` are the strategy files of MindSpore's rank folders, where they do not lie beside them. With `upcycle`,
+    `path` is a dense Mistral, whose feed-forward layers become those of every expert (arXiv 2212.05055).
     """
 
     path: str | None = None
     strategy: str | None = None
-    upcycle: Literal[False] = False
+    upcycle: bool = False
+
+    @model_validator(mode="after")
+    def _upcycles_something(self) -> Weights:
+        if self.upcycle and self.path is None:
+            raise ValueError("upcycle=true says what to make of weights.path, and there is none: name one")
+        return self
 
 
 class Data(Section):

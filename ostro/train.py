@@ -33,6 +33,7 @@ from ostro.weights.parts import load_held
 from ostro.weights.saver import Saved, Saver, every_name
 from ostro.weights.saver import newest as newest_of_all
 from ostro.weights.store import RandomReader, Reader, architecture_difference
+from ostro.weights.upcycle import open_upcycled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +141,10 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
     path = config.weights.path
     if path is None:
         return RandomReader(config.model, config.train.seed)
-    # Where hosts share no disk each has its own part of a checkpoint, and reads no other.
-    is_part = config.parallel.degrees().num_ranks > 1 and "partial" in FORMATS[detect(path)].hints
-    hints = dataclasses.replace(NO_HINTS, partial=is_part or None)
-    if config.weights.strategy:
-        hints = dataclasses.replace(hints, strategy=Path(config.weights.strategy))
-    if detect(path).startswith("mindspore"):  # which seldom says its model
-        hints = dataclasses.replace(hints, model=dataclasses.replace(config.model, router="softmax"))
-    reader = open_reader(path, hints)
+    if config.weights.upcycle:
+        reader = open_upcycled(path, config.model, config.train.seed)
+    else:
+        reader = _opened(config, path)
     differing = architecture_difference(config.model, reader.model)
     if differing is not None:
         name, ours, theirs = differing
@@ -162,6 +159,18 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
             "set data.tokenizer to the one of the weights and prepare the data with it."
         )
     return reader
+
+
+def _opened(config: Config, path: str) -> Reader:
+    """Open a Mixtral's weights."""
+    # Where hosts share no disk each has its own part of a checkpoint, and reads no other.
+    is_part = config.parallel.degrees().num_ranks > 1 and "partial" in FORMATS[detect(path)].hints
+    hints = dataclasses.replace(NO_HINTS, partial=is_part or None)
+    if config.weights.strategy:
+        hints = dataclasses.replace(hints, strategy=Path(config.weights.strategy))
+    if detect(path).startswith("mindspore"):  # which seldom says its model
+        hints = dataclasses.replace(hints, model=dataclasses.replace(config.model, router="softmax"))
+    return open_reader(path, hints)
 
 
 def _total_steps(config: Config, loader: Loader) -> int:

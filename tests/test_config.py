@@ -104,7 +104,7 @@ REFUSED = {
     "train.micro_batch_sequences=0": r"micro_batch_sequences=0 is refused: input should be greater than or equal to 1",
     "parallel.tp=3": r"tp=3 does not divide num_key_value_heads=2: use tp 1, 2",
     "train.recompute=some": r"train.recompute='some' is refused: input should be 'none', 'selective' or 'full'",
-    "weights.upcycle=true": r"weights.upcycle=True cannot be had",
+    "weights.upcycle=true": r"weights.upcycle=true says what to make of weights.path",
     "optim.learning_rate=1e-5": r"optim.min_learning_rate=0.0012 is above learning_rate=1e-05, so the rate would rise",
     "optim.learning_rate=.inf": r"optim.learning_rate=inf is refused: input should be a finite number",
     "optim.betas=[2, 3]": r"optim.betas=2 is refused: input should be less than 1",

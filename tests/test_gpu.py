@@ -16,6 +16,7 @@ from ostro.model.attention import ATTENTION
 from ostro.model.kernels import fp8
 from ostro.model.mixtral import Mixtral
 from ostro.model.moe import dispatch_grouped, dispatch_loop
+from ostro.model.quant import NF4
 from ostro.model.routing import Routing, route_softmax
 from ostro.model.settings import ModelConfig, MoeConfig
 from ostro.model.spans import spans_of
@@ -174,3 +175,17 @@ def test_fp8_products_equal_their_emulation() -> None:
     found = fp8.scaled_grouped_mm(qa, qb, scale_a, scale_b, ends).float()
     exact = fp8.scaled_grouped_mm_emulated(qa, qb, scale_a, scale_b, ends)
     assert (found - exact).norm() <= 0.01 * exact.norm()
+
+
+def test_4_bit_values_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    matrix = (torch.randn(3000, 1024) * 0.02).bfloat16()
+    held = {}
+    for where in (torch.device("cpu"), device.accelerator()):
+        held[where.type] = NF4((2, 3000, 512), (2, 3000, 1024), (0, 0, 512), device=where)
+        held[where.type].fill((1,), matrix)
+    ours, oracle = held.values()
+    for name, buffer in oracle.named_buffers():
+        assert torch.equal(buffer.cpu(), getattr(ours, name).cpu()), name
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(oracle.dequantize((1,), dtype).cpu(), ours.dequantize((1,), dtype).cpu())

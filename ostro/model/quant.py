@@ -25,7 +25,7 @@ _VALUES = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 # Values taken at once: on a CPU the intermediate results shall stay in its caches.
-_CPU_CHUNK, _CHUNK = 1 << 18, 1 << 24
+_CPU_CHUNK, _CHUNK = 1 << 20, 1 << 24
 
 
 def why_not(whole_cols: int, held_cols: int) -> str | None:
@@ -107,7 +107,7 @@ def _quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values = matrix.flatten()
     codes = torch.empty(values.numel() // 2, dtype=torch.uint8, device=values.device)
     absmaxes = []
-    chunk = _CPU_CHUNK * 4 if values.device.type == "cpu" else _CHUNK
+    chunk = _CPU_CHUNK if values.device.type == "cpu" else _CHUNK
     for values_of, codes_of in zip(values.split(chunk), codes.split(chunk // 2), strict=True):
         scaled = values_of.float().view(-1, BLOCK)
         absmax = scaled.abs().amax(1)

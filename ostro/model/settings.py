@@ -102,6 +102,11 @@ class ModelConfig:
         Keys that say nothing about Mixtral's arithmetic are ignored. Raises ConfigError for another model type,
         another activation, scaled rotary positions, quantised weights, and values that make no model.
         """
+        if found.get("model_type") == "mistral":
+            raise ConfigError(
+                "model_type 'mistral' is a dense model: weights.upcycle=true (or ostro convert --upcycle) makes a "
+                "Mixtral of it, and Ostro has no other use for it."
+            )
         if found.get("model_type") != "mixtral":
             raise ConfigError(f"model_type {found.get('model_type')!r}: Ostro reads 'mixtral'.")
         if found.get("hidden_act", "silu") != "silu":

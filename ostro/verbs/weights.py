@@ -33,6 +33,8 @@ def convert(
     quantize: Annotated[str | None, typer.Option(help="GGUF: f32, bf16, f16, q8_0 or q4_0.")] = None,
     adapter: AdapterOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read back from the disk and compare every bit.")] = False,
+    *,
+    upcycle: Annotated[bool, typer.Option("--upcycle", help="Make experts of a dense Mistral's layers.")] = False,
 ) -> None:
     """Write a checkpoint in another format; it appears whole or not at all."""
     from ostro.conversion import Request
@@ -58,6 +60,7 @@ def convert(
             quantize=quantize,
             verify=verify,
             adapter=adapter,
+            upcycle=upcycle,
         ),
         typer.echo,
     )

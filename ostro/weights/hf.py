@@ -78,7 +78,7 @@ def detect(path: Path) -> bool:
 def open_reader(path: Path, hints: Hints = NO_HINTS) -> StoredReader:
     """Open a folder, or one file with or without a config.json beside it; `check` holds them against each other."""
     folder = path if path.is_dir() else path.parent
-    files = {name: file for name, file in _open_files(path).items() if not name.endswith(".inv_freq")}
+    files = {name: file for name, file in open_files(path).items() if not name.endswith(".inv_freq")}
     if any(".mlp.experts." in name for name in files):
         map = _source_of_transformers_5
     elif any(name.endswith(".experts.w13") for name in files):
@@ -134,20 +134,20 @@ def open_file(path: Path) -> TensorFile:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
-def _open_files(path: Path) -> dict[str, TensorFile]:
+def open_files(path: Path) -> dict[str, TensorFile]:
     """Return the file of every tensor."""
     if path.is_file():
         file = open_file(path)
         return dict.fromkeys(file.infos, file)
     for name in _SINGLES:
         if (path / name).exists():
-            return _open_files(path / name)
+            return open_files(path / name)
     for name in _INDEXES:
         if (path / name).exists():
             return _open_shards(path / name)
     others = _weights(path)
     if len(others) == 1:
-        return _open_files(others[0])
+        return open_files(others[0])
     instead = (
         f"; it holds {len(others)} other files of tensors, first {others[0].name}: add their index"
         if others

@@ -70,7 +70,11 @@ def read_config(path: Path) -> ModelConfig:
 
     WeightsError where `ModelConfig` refuses it.
     """
-    fields = read_json(path)
+    return model_of(path, read_json(path))
+
+
+def model_of(path: Path, fields: Mapping[str, Any]) -> ModelConfig:
+    """Return the architecture that the fields of the config.json at `path` describe."""
     is_bare = "model_type" not in fields and fields.keys() <= {field.name for field in dataclasses.fields(ModelConfig)}
     try:
         return ModelConfig.from_fields(fields) if is_bare else ModelConfig.from_hf(fields)

@@ -231,7 +231,7 @@ def test_config_dialects(single: Path, changes: dict, field: str, value: object)
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral': Ostro reads 'mixtral'"),
+        ({"model_type": "llama"}, "model_type 'llama': Ostro reads 'mixtral'"),
         ({"model_type": ABSENT}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary positions of type 'yarn'"),
