@@ -222,13 +222,13 @@ def test_slices_have_the_bits_of_the_whole(lora: LoraConfig, dtype: torch.dtype)
         assert torch.equal(merged.read(name, (slice(1, None),)), whole[1:])
 
 
-def test_rounded_once():
+def test_rounded_once(tmp_path: Path):
     # In fp32 the correction is kept, which a base that had been rounded to bf16 before, or a bf16 sum, would lose.
     source, adapter = random(WIDE), drawn(ALL, size=1e-3)
+    convert(source, tmp_path / "out", to="hf", dtype=torch.bfloat16, adapter=adapter)
     name = "lm_head.weight"
-    infos = {name: dataclasses.replace(info, dtype=torch.bfloat16) for name, info in source.names().items()}
     expected = merged_by_hand(name, source.read(name), adapter).bfloat16()
-    assert torch.equal(Merged(source, adapter, infos).read(name), expected)
+    assert torch.equal(open_reader(tmp_path / "out").read(name), expected)
 
 
 def test_a_tied_embedding_alone_is_corrected():
@@ -353,6 +353,20 @@ def test_other_tensors_are_refused(sound: Path, changes: dict[str, Tensor | None
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
     with pytest.raises(WeightsError, match=sentence):
         read_peft(sound, TINY)
+
+
+def test_a_layer_that_is_not_meant_to_be_left_out_is_missed(sound: Path):
+    path = sound / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    tensors = load_file(sound / "adapter_model.safetensors")
+    save_file({name: t for name, t in tensors.items() if "layers.0" not in name}, sound / "adapter_model.safetensors")
+    for layers, is_whole in (([1], True), ([0], False), (None, False)):
+        path.write_text(json.dumps(fields | {"layers_to_transform": layers}))
+        if is_whole:
+            assert not read_peft(sound, TINY).tensors["model.layers.0.self_attn.q_proj.lora_B"].any()
+        else:
+            with pytest.raises(WeightsError, match=r"lacks 12 .* first model\.layers\.0"):
+                read_peft(sound, TINY)
 
 
 @pytest.mark.parametrize(
