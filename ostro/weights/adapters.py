@@ -89,15 +89,11 @@ def read_peft(folder: Path, model: ModelConfig) -> Adapter:
         raise WeightsError(f"{path} holds no tensor of LoRA's: save the adapter again.")
     lora, notes = _common(folder / CONFIG, found, asked)
     tensors = {name: value for one in found for name, value in _fitted(one, lora).items()}
-    for parameter in layout.adapter_parameters(model, lora):
-        # What layers_to_transform leaves out is corrected by nothing.
-        if (
-            asked.layers
-            and parameter.layer not in (None, *asked.layers)
-            and not parameter.name.endswith(LORA_MAGNITUDE)
-        ):
-            tensors.setdefault(parameter.name, torch.zeros(1).expand(parameter.shape))
     table = layout.adapter_table(model, lora)
+    if asked.layers and not lora.dora:  # the layers that it leaves out are corrected by nothing
+        for name, parameter in table.items():
+            if parameter.layer not in (None, *asked.layers):
+                tensors.setdefault(name, torch.zeros(1).expand(parameter.shape))
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     match_shapes(str(path), shapes, {p.name: p.shape for p in table.values()}, "save or fetch the adapter again")
     for name, value in tensors.items():

@@ -94,17 +94,17 @@ class Merged:
         for tile in range(start // _ROWS * _ROWS, stop, _ROWS):
             first, last = max(start, tile), min(stop, tile + _ROWS)
             delta = (left[tile : tile + _ROWS] @ right)[first - tile : last - tile]
-            before, after = base[first - start : last - start], out[first - start : last - start]
+            before, after = base[first - start : last - start].float(), out[first - start : last - start]
             if dora:
-                merged = before.float() + delta
+                merged = before + delta
                 merged *= _factor(self._magnitude(name)[first:last], merged)
                 delta = merged - before
             else:
                 delta = delta[cut]
                 merged = before + delta
             after.copy_(cast(merged, dtype, label(name, stack)))
-            change.delta += torch.linalg.vector_norm(delta, dtype=torch.float32).item() ** 2
-            change.weight += torch.linalg.vector_norm(before, dtype=torch.float32).item() ** 2
+            change.delta += torch.linalg.vector_norm(delta).item() ** 2
+            change.weight += torch.linalg.vector_norm(before).item() ** 2
             change.is_felt = change.is_felt or not torch.equal(after, before.to(dtype))
         return out[cut] if dora else out
 
