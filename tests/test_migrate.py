@@ -257,7 +257,7 @@ def test_what_is_said_of_a_setting(name: str, setting: str, said: str):
 def test_the_command_of_predict():
     recipe = translate(FILES / "predict.yaml")
     assert (
-        'ostro generate MODEL "PROMPT" --dtype fp16 --repetition-penalty 1 --max-new-tokens 256 --temperature 0\n'
+        'ostro generate MODEL "PROMPT" --dtype fp16 --repetition-penalty 1.0 --max-new-tokens 256 --temperature 0\n'
     ) in recipe
 
 
@@ -265,7 +265,7 @@ def test_sampling_becomes_options(tmp_path: Path):
     file = written(tmp_path, "predict", model__model_config__do_sample=True, load_checkpoint="my folder")
     recipe = translate(file)
     assert "ostro generate 'my folder' \"PROMPT\"" in recipe
-    assert "--top-k 3 --top-p 1 --temperature 1.0" in recipe
+    assert "--top-k 3 --top-p 1.0 --temperature 1.0" in recipe
 
 
 def test_an_evaluation_is_a_command(tmp_path: Path):
@@ -323,6 +323,8 @@ def test_an_evaluation_is_a_command(tmp_path: Path):
         ({"model__model_config__checkpoint_name_or_path": "a.ckpt"}, {"weights.path": "a.ckpt"}),
         ({"train_dataset__repeat": 2}, {"train.epochs": 20}),
         ({"model__model_config__intermediate_size": ...}, {"model.intermediate_size": 11008}),
+        ({"model__model_config__intermediate_size": ..., "model__model_config__ffn_dim_multiplier": 1.3},
+         {"model.intermediate_size": 14336}),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_shipped(changes: dict[str, Any], expected: dict[str, Any], tmp_path: Path):
@@ -370,11 +372,13 @@ def test_a_data_set_written_out_twice_is_named_twice(tmp_path: Path):
 
 
 def test_values_cannot_leave_their_comment(tmp_path: Path):
-    recipe = translate(
-        written(tmp_path, "pretrain", trainer__model_name="a\nevil: 1\u2028b: 2", load_checkpoint="x # y")
-    )
+    name = "a\nevil: 1\u2028b: 2"
+    recipe = translate(written(tmp_path, "pretrain", trainer__model_name=name, load_checkpoint="x # y"))
     assert yaml.safe_load(recipe)["weights"]["path"] == "x # y"
     assert "evil" not in yaml.safe_load(recipe)
+    command = translate(written(tmp_path, "predict", load_checkpoint=name))
+    assert yaml.safe_load(command)["weights"]["path"] == name
+    assert "evil" not in yaml.safe_load(command)
 
 
 @pytest.mark.parametrize(

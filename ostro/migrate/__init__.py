@@ -202,7 +202,7 @@ def _options(fates: list[tuple[Leaf, Fate]], given: Given, keys: Mapping[str, tu
     flags = [f"{key} {value}" for key, value in words.items() if not is_evaluation or key in _OPTIONS.values()]
     model = shlex.quote(str(keys.get("run.dir" if is_trained else "weights.path", ("",))[0] or "MODEL"))
     verb = f"evaluate {model} {data}" if is_evaluation else f'generate {model} "PROMPT"'
-    lines = ["", f"# ostro {verb} {' '.join(flags)}"]
+    lines = ["", _printable(f"# ostro {verb} {' '.join(flags)}")]
     for leaf, fate in options:
         lines.append(f"#   {_shown(leaf)}" + (f": {fate.words}" if fate.words else ""))
     return lines
@@ -220,5 +220,9 @@ def _tail(heading: str, found: list[tuple[Leaf, Fate]]) -> list[str]:
 
 
 def _shown(leaf: Leaf) -> str:
-    text = json.dumps(leaf.value, ensure_ascii=False, default=str)
-    return f"{leaf.name} = " + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return f"{leaf.name} = {_printable(json.dumps(leaf.value, ensure_ascii=False, default=str))}"
+
+
+def _printable(text: str) -> str:
+    """Return a text that cannot leave its line: YAML ends one at more characters than newlines."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

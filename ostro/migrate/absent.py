@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ostro.migrate.rules import Given, count, is_dropless, shards
+from ostro.migrate.rules import Given, Leaf, count, is_dropless, number, shards
 
 _LONGEST = 32768  # Mixtral-8x7B's positions
 
@@ -36,10 +36,10 @@ def _of_model(given: Given) -> dict[str, tuple[Any, str]]:
 
 
 def _inner_size(given: Given, hidden: int) -> int:
-    multiple = count(given, "model.model_config.multiple_of", 256)
+    multiple = max(1, count(given, "model.model_config.multiple_of", 256))
     factor = given.get("model.model_config.ffn_dim_multiplier")
-    size = 4 * hidden if factor is None else int((factor + 0.01) * 4 * hidden)
-    return multiple * -(-int(2 * size / 3) // multiple)
+    wide = 1.0 if factor is None else number(Leaf("model.model_config.ffn_dim_multiplier", factor)) + 0.01
+    return multiple * -(-int(2 * int(wide * 4 * hidden) / 3) // multiple)
 
 
 def _of_training(given: Given) -> dict[str, tuple[Any, str]]:

@@ -214,7 +214,7 @@ def accumulation(leaf: Leaf, given: Given) -> Fate:
 def stage_layers(leaf: Leaf, given: Given) -> Fate:
     if leaf.value == 0:
         return Fate("here", "the stages have equally many layers")
-    stages = count(given, "parallel_config.pipeline_stage")
+    stages = max(1, count(given, "parallel_config.pipeline_stage"))
     each = count(given, "model.model_config.num_layers", 32) // stages
     offsets = leaf.value
     if not isinstance(offsets, list) or len(offsets) != stages or not all(type(n) is int for n in offsets):
@@ -349,14 +349,11 @@ def temperature(leaf: Leaf, given: Given) -> Fate:
     return Fate("option", "sampled" if samples else "greedy", "--temperature", heat if samples else 0)
 
 
-def of_sampling(option: str, words: str = "") -> Rule:
-    return when(
-        "model.model_config.do_sample",
-        False,
-        inert("nothing is sampled"),
-        lambda leaf, given: Fate("option", words, option, leaf.value),
-    )
+def option(name: str, convert: Convert, words: str = "") -> Rule:
+    return lambda leaf, given: Fate("option", words, name, convert(leaf))
 
 
-def option(name: str, words: str = "") -> Rule:
-    return lambda leaf, given: Fate("option", words, name, leaf.value)
+def of_sampling(name: str, convert: Convert, words: str = "") -> Rule:
+    """Return the rule of an option that greedy generation does not read."""
+    greedy = inert("nothing is sampled")
+    return when("model.model_config.do_sample", False, greedy, option(name, convert, words))
