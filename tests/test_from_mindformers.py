@@ -141,7 +141,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         main(["convert", "torch_ckpt_dir", "output", "--to", "mindspore", "--layout", "dp=2,mp=2,ep=2,pp=2,opt=1"]) == 0
     )
     Path("wiki.train.tokens").write_text(f" \n = Robin = \n \n {TEXT.replace('.', ' . ') * 60} \n \n", "utf-8")
-    pairs = [{"instruction": f"Name bird {i}.", "input": "", "output": f"Robin {i}."} for i in range(6)]
+    pairs = [{"instruction": f"Name bird {i}.", "input": "", "output": f"Robin {i}."} for i in range(3)]
     Path("alpaca_data.json").write_text(json.dumps(pairs), "utf-8")
     for name in ("pretrain", "finetune", "predict"):
         Path(f"{name}_mixtral-8x7b.yaml").write_text(small_yaml(name), "utf-8")
@@ -158,13 +158,18 @@ def without_arriving(recipe: Path) -> None:
 
 def test_every_command_runs(stage: Path, capsys: pytest.CaptureFixture[str]):
     found = commands(PAGES[0])
-    assert len(found) > 30
+    assert len(found) > 25
+    done: list[list[str]] = []
     for command in found:
-        words = shlex.split(command.replace("4096", "512"))[1:]
-        assert parse_fault(app, words) is None, command
+        words = shlex.split(command.replace("4096", "512").replace(" 256", " 16"))[1:]
+        alone = without_launch(words)
+        assert alone == words or parse_fault(app, words) is None, command
         if words[0] == "download":  # the network; tests/weights/test_download.py has a server of its own
             continue
-        status = main(without_launch(words))
+        if alone in done:
+            continue
+        done.append(alone)
+        status = main(alone)
         assert status == 0, f"{command}\n{capsys.readouterr().err}"
         if words[0] == "migrate" and len(words) == 3:
             without_arriving(stage / words[2])

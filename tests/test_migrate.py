@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,12 @@ def settings(value: Any, name: str = "", seen: set[int] | None = None) -> Iterat
         yield name, value
 
 
+@functools.cache
+def translated(name: str) -> str:
+    """Return the recipe of a YAML of `migrations`."""
+    return translate(FILES / f"{name}.yaml")
+
+
 def times_named(name: str, recipe: str) -> int:
     return len(re.findall(rf"(?<![\w.\]]){re.escape(name)} = ", recipe))
 
@@ -198,21 +205,21 @@ def refusal(tmp_path: Path, name: str = "pretrain", **changes: Any) -> str:
 def test_each_setting_is_named_once(name: str):
     found = list(settings(yaml.safe_load((FILES / f"{name}.yaml").read_text("utf-8"))))
     assert len(found) > 120
-    recipe = translate(FILES / f"{name}.yaml")
+    recipe = translated(name)
     assert {setting: times_named(setting, recipe) for setting, _ in found} == {setting: 1 for setting, _ in found}
     assert f"Each of its {len(found)} settings" in recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_key_by_key(name: str):
-    recipe = yaml.safe_load(translate(FILES / f"{name}.yaml"))
+    recipe = yaml.safe_load(translated(name))
     for section in RECIPES[name].keys() | recipe.keys():
         assert recipe.get(section) == RECIPES[name].get(section), section
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_a_recipe(name: str, tmp_path: Path):
-    fields = yaml.safe_load(translate(FILES / f"{name}.yaml"))
+    fields = yaml.safe_load(translated(name))
     for key in ARRIVING:
         section, _, last = key.partition(".")
         fields.get(section, {}).pop(last, None)
@@ -248,14 +255,14 @@ def test_what_is_written_is_a_recipe(name: str, tmp_path: Path):
     ],
 )
 def test_what_is_said_of_a_setting(name: str, setting: str, said: str):
-    recipe = translate(FILES / f"{name}.yaml")
+    recipe = translated(name)
     before, _, after = recipe.partition(f"{setting} = ")
     heading = [line for line in before.splitlines() if re.match(r"# \S", line)][-1]
     assert said in heading or said in after.splitlines()[0]
 
 
 def test_the_command_of_predict():
-    recipe = translate(FILES / "predict.yaml")
+    recipe = translated("predict")
     assert (
         'ostro generate MODEL "PROMPT" --dtype fp16 --repetition-penalty 1.0 --max-new-tokens 256 --temperature 0\n'
     ) in recipe
