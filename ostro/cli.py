@@ -30,6 +30,7 @@ recipes_app.command("cp")(start.recipes_cp)
 
 app.command()(start.demo)
 app.command()(start.doctor)
+app.command()(start.migrate)
 app.command()(training.prepare)
 app.command(context_settings=_OVERRIDES)(training.train)
 app.command(context_settings=_OVERRIDES)(training.plan)

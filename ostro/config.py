@@ -182,10 +182,11 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     for key, value in parse_overrides(overrides):
         set_key(fields, key, value)
         lines[key] = "the command line"
-    return _build(fields, lines)
+    return build_config(fields, lines)
 
 
-def _build(fields: dict[str, Any], lines: Mapping[str, str]) -> Config:
+def build_config(fields: Mapping[str, Any], lines: Mapping[str, str]) -> Config:
+    """Return the config of a recipe's fields; ConfigError for what is refused, after what `lines` has for its key."""
     fields = dict(fields)
     where = {key: f"{line}: " for key, line in lines.items() if line != "the command line"}
     try:
@@ -204,7 +205,7 @@ def _build(fields: dict[str, Any], lines: Mapping[str, str]) -> Config:
 
 def _sentence(key: str, problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
-        known = _known(key)
+        known = known_keys(key)
         section = key.rpartition(".")[0]
         place = f"section {section}" if section else "a recipe"
         return f"{key} is not a key of {place}; known: {', '.join(known)}.{nearest(key.rpartition('.')[2], known)}"
@@ -214,7 +215,10 @@ def _sentence(key: str, problem: Any) -> str:
     return f"{key}={problem['input']!r} is refused: {message[0].lower()}{message[1:]}."
 
 
-def _known(key: str) -> list[str]:
+def known_keys(key: str) -> list[str]:
+    """Return the keys of the section that a dotted key lies in, in their order."""
+    if key.startswith("model."):
+        return [field.name for field in dataclasses.fields(ModelConfig)]
     model: type[BaseModel] = Config
     for name in key.split(".")[:-1]:
         annotation = model.model_fields[name].annotation

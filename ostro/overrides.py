@@ -47,12 +47,20 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path} holds a {type(fields).__name__}; a recipe is a mapping of sections.")
     lines: dict[str, str] = {}
 
-    def visit(node: yaml.Node, prefix: str) -> None:
+    def visit(node: yaml.Node, name: str, above: tuple[yaml.Node, ...] = ()) -> None:
+        if node in above:
+            raise ConfigError(f"{path.name}: {name} holds itself; an alias may not stand inside of what it names.")
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                visit(item, f"{name}[{i}]", (*above, node))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                name = f"{prefix}{key.value}"
-                lines[name] = f"{path.name} line {key.start_mark.line + 1}"
-                visit(value, f"{name}.")
+                inner = f"{name}.{key.value}".removeprefix(".")
+                line = f"{path.name} line {key.start_mark.line + 1}"
+                if inner in lines:
+                    raise ConfigError(f"{line}: {inner} stands there twice, first on {lines[inner]}: leave one out.")
+                lines[inner] = line
+                visit(value, inner, (*above, node))
 
     assert node is not None
     for key in fields:

@@ -22,7 +22,7 @@ LAYERS = (
     ("cli",),
     ("verbs",),
     ("demo",),
-    ("doctor", "plan", "conversion", "preparation", "training"),
+    ("doctor", "plan", "conversion", "migrate", "preparation", "training"),
     ("train",),
     ("step", "profiling", "interrupts"),
     ("evaluate", "report", "verify", "inspection", "resume", "checks", "samples", "spikes", "stopping"),

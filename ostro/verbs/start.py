@@ -1,4 +1,4 @@
-"""The verbs one begins with: the demo, what this machine has, the shipped recipes."""
+"""The verbs one begins with: the demo, what this machine has, the shipped recipes, a recipe of MindFormers' YAML."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ def recipes_cp(name: str, file: Path) -> None:
         raise ConfigError(f"{file} exists: choose another name.")
     file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     typer.echo(f"wrote {file}")
+
+
+def migrate(
+    file: Annotated[Path, typer.Argument(help="A MindFormers YAML for Mixtral.")],
+    out: Annotated[Path | None, typer.Argument(help="The recipe to write; printed unless given.")] = None,
+) -> None:
+    """Turn a MindFormers YAML into a recipe that says of each setting what became of it."""
+    from ostro.migrate import migrate as run_migrate
+
+    run_migrate(file, out, typer.echo)
