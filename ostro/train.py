@@ -33,6 +33,7 @@ from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.mesh import first_of_host, host_group, open_mesh
+from ostro.report.run import refresh_page
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import FORMATS, NO_HINTS, dcp, detect, open_reader
 from ostro.weights.parts import Held, load_held, load_weights
@@ -329,8 +330,11 @@ def _loop(run: Run) -> Outcome:
             metrics.write(row)
             progress.show(row)
             _settle(run, run.saver.poll(), progress)
-            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+            is_due = bool(config.checkpoint.every) and run.step % config.checkpoint.every == 0
+            if is_due:
                 _save(run, progress)
+            if is_due or "eval_loss" in row:
+                refresh_page(run.run_dir, devices.peak_memory_bytes(run.device))
         if profiler is not None:  # stopped inside the range
             _write_profile(run, profiler)
         _settle(run, run.saver.finish(), progress)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from ostro import device
 from ostro.config import Config
+from ostro.errors import Error
 from ostro.parallel import process
+from ostro.report.run import closing_lines, write_report
 from ostro.train import Outcome, train
 
 
@@ -27,16 +29,15 @@ def train_here(config: Config, echo: Callable[[str], object]) -> int | None:
 
 
 def _say(outcome: Outcome, echo: Callable[[str], object]) -> None:
+    if outcome.last:
+        try:
+            history = write_report(outcome.run_dir, device.peak_memory_bytes(device.accelerator()))
+            echo("\n".join(closing_lines(history)))
+        except (Error, OSError) as error:  # the run is whole without it
+            echo(f"the report could not be written: {error}")
     if outcome.signal is not None:
         echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
         return
-    peak = device.peak_memory_bytes(device.accelerator())
-    last = outcome.last
-    if last:
-        echo(
-            f"step {outcome.step}: loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s, "
-            f"{last['mfu']:.0%} of the machine's rate, {peak / 1e9:.1f} GB at most"
-        )
     echo(f'next: ostro evaluate {outcome.run_dir} DATA   ostro generate {outcome.run_dir} "PROMPT"')
     if outcome.is_exportable:
         echo(f"      ostro convert {outcome.run_dir} DIR --to hf")
