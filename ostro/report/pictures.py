@@ -24,7 +24,6 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": GRID,
     "xtick.color": FAINT,
@@ -104,7 +103,7 @@ def draw_chart(axes: Any, chart: Chart, rows: list[Row], levels: list[float] | N
     _name_ticks(axes.yaxis, charts.y_ticks(chart, low, high), chart.write)
     _name_tokens(axes, rows)
     axes.tick_params(length=0)
-    axes.grid(visible=True)
+    axes.grid(visible=True, axis="y")
     if len(found) > 1:
         axes.legend(frameon=False, loc="upper right")
 
