@@ -61,6 +61,7 @@ interop: $(READY) ## MindSpore and llama.cpp load what Ostro writes and the othe
 	.venv-llama/bin/python -m pip install -q 'llama-cpp-python==0.3.36'
 	$(BIN)/python tests/interop/mindspore.py --mindspore-python .venv-interop/bin/python
 	$(BIN)/python tests/interop/llama.py --python .venv-llama/bin/python
+	$(BIN)/python tests/interop/browser.py
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf dist .pytest_cache .ruff_cache .hypothesis

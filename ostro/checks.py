@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ostro import device as devices
-from ostro import log
+from ostro import log, trackers
 from ostro.config import Config
 from ostro.errors import ConfigError, OutOfMemory
 from ostro.model import kernels
@@ -26,6 +26,7 @@ def check(config: Config, run_dir: Path, device: torch.device) -> None:
         raise ConfigError(f"run.dir={run_dir} is not empty and not an earlier run: choose another folder.")
     if config.train.eval_every and not config.data.eval_path:
         raise ConfigError(f"train.eval_every={config.train.eval_every} needs data.eval_path: name the held-out text.")
+    trackers.require(config.run.trackers or ())
     reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
     if reason is not None:
         raise ConfigError(reason)

@@ -33,7 +33,7 @@ from ostro.model.mixtral import Mixtral
 from ostro.optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, state_tensors
 from ostro.parallel.apply import World, parallelize
 from ostro.parallel.mesh import first_of_host, host_group, open_mesh
-from ostro.report.run import refresh_page
+from ostro.report.run import picture_of_load, refresh_page
 from ostro.serve.engine import tokenizer_beside
 from ostro.weights import FORMATS, NO_HINTS, dcp, detect, open_reader
 from ostro.weights.parts import Held, load_held, load_weights
@@ -308,7 +308,7 @@ def _draws_from(run: Run, first: int, num_rows: int) -> list[int]:
 
 def _loop(run: Run) -> Outcome:
     config = run.config
-    metrics = log.Metrics(run.run_dir, run.step)
+    metrics = log.Metrics(run.run_dir, run.step, config.run.trackers, config.model_dump(mode="json"))
     progress = log.Progress(run.total_steps, config.run.log_every)
     rate = devices.peak_flops(run.device, run.model.compute_dtype) * run.world.mesh.degrees.num_ranks
     profiling = config.profile.range()
@@ -342,7 +342,7 @@ def _loop(run: Run) -> Outcome:
             _save(run, progress)
             _settle(run, run.saver.finish(), progress)
             _require_saved(run)
-    metrics.close()
+    metrics.close(picture_of_load(run.run_dir) if config.run.trackers else None)
     is_exportable = config.model.router == "softmax"
     caught = run.world.any_rank(signals.caught or 0) or None  # a signal may have come to another rank
     return Outcome(run.run_dir, run.step, run.saved_step or 0, row, caught, is_exportable)

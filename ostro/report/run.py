@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ostro import log
 from ostro.errors import Error
-from ostro.report.history import History
+from ostro.report.history import History, read_history
 from ostro.report.page import write_page
 from ostro.report.pictures import draw_report
 
@@ -28,6 +28,17 @@ def refresh_page(run_dir: Path, peak_memory_bytes: int) -> None:
             write_page(run_dir, peak_memory_bytes)
         except (Error, OSError) as error:
             log.say(f"report.html could not be written: {error}", style="yellow")
+
+
+def picture_of_load(run_dir: Path) -> Path | None:
+    """Write the picture of a run's expert load, on rank 0, and return its file; None where there is nothing to draw."""
+    if not log.is_main_rank():
+        return None
+    try:
+        file = draw_report(read_history(run_dir)) / "expert_load.png"
+    except (Error, OSError):  # the end of the run says it
+        return None
+    return file if file.exists() else None
 
 
 def closing_lines(history: History) -> list[str]:

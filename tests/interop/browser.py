@@ -1,12 +1,14 @@
 """Opens our pages in headless Chromium, points at everything that can be pointed at, and fails on any error.
 
-`python tests/interop/browser.py PAGE…`: each must say something under the pointer, log nothing, and be no wider than
-the window on a telephone. Without Chromium it says so and passes.
+`python tests/interop/browser.py [PAGE…]`: each must say something under the pointer, log nothing, and be no wider than
+the window on a telephone. Without a page it trains a small model and takes the pages of that; without Chromium it says
+so and passes.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import shutil
@@ -56,6 +58,18 @@ def open_page(browser: str, page: Path, width: int) -> tuple[dict, list[str]]:
     return json.loads(html.unescape(found[1])) if found else {}, console
 
 
+def fresh_pages(folder: Path) -> list[Path]:
+    """Train a little on this repository's own words, and return the pages that come of it."""
+    run, ostro = folder / "run", [sys.executable, "-m", "ostro"]
+    text = str(Path(__file__).resolve().parents[2] / "docs" / "log.md")
+    words = "train.steps=8 data.seq_length=64 model.num_hidden_layers=2 train.eval_every=4"
+    paths = [f"data.path={text}", f"data.eval_path={text}", f"run.dir={run}"]
+    subprocess.run([*ostro, "train", "tiny", *words.split(), *paths], check=True, stdout=subprocess.DEVNULL)
+    routing = ["routing", run, text, "--out", folder / "routing", "--seq-length", "64", "--most-tokens", "640"]
+    subprocess.run([*ostro, *map(str, routing)], check=True, stdout=subprocess.DEVNULL)
+    return [run / "report.html", folder / "routing" / "routing.html"]
+
+
 def main(pages: list[str]) -> int:
     """Check each page at each width; return how many faults there were."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -63,13 +77,13 @@ def main(pages: list[str]) -> int:
         print("no Chromium here, so no page was opened: on Debian, apt-get install chromium")
         return 0
     faults = 0
-    for name in pages:
-        for width in WIDTHS:
-            found, console = open_page(browser, Path(name), width)
+    with tempfile.TemporaryDirectory() as folder:
+        for page, width in itertools.product(map(Path, pages) if pages else fresh_pages(Path(folder)), WIDTHS):
+            found, console = open_page(browser, page, width)
             is_well = bool(found) and not console and found["told"] and not found["silent"] and found["width"] <= width
             faults += not is_well
             told = len(found.get("told", ()))
-            print(f"{'ok  ' if is_well else 'FAIL'} {name} at {width}: told {told} times, {console or 'no error'}")
+            print(f"{'ok  ' if is_well else 'FAIL'} {page.name} at {width}: told {told} times, {console or 'no error'}")
             if not is_well:
                 print(json.dumps(found)[:2000])
     return faults
