@@ -65,6 +65,7 @@ interop: $(READY) ## MindSpore, llama.cpp and bitsandbytes beside Ostro: what on
 	.venv-bnb/bin/python -m pip install -q torch==2.13.0
 	.venv-bnb/bin/python -m pip install -q 'bitsandbytes==0.50.0' safetensors
 	.venv-bnb/bin/python tests/interop/nf4.py
+	$(BIN)/python tests/interop/browser.py
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf dist .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ostro import device as devices
-from ostro import log
+from ostro import log, trackers
 from ostro.config import Config
 from ostro.errors import ConfigError, OutOfMemory
 from ostro.model import kernels
@@ -27,6 +27,7 @@ def check(config: Config, run_dir: Path, device: torch.device) -> None:
     _check_evaluations(config)
     if config.optim.offload and device.type == "cpu":
         raise ConfigError("optim.offload=true means nothing where the device is a CPU: leave it out.")
+    trackers.require(config.run.trackers or ())
     reason = kernels.why_not(config.moe.settings(), config.model, compute_dtype(config, device), device)
     if reason is not None:
         raise ConfigError(reason)

@@ -25,7 +25,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ostro import device, log, report, weights
+from ostro import device, log, weights
 from ostro.config import load_config
 from ostro.data import shards as token_shards
 from ostro.data.prepare import prepare
@@ -35,6 +35,7 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
 from ostro.evaluate import Evaluation, evaluate
 from ostro.model import layout
+from ostro.report.pictures import draw_run
 from ostro.serve.engine import Completion, Engine, load_model
 from ostro.serve.sampling import Sampling
 from ostro.verify import verify
@@ -114,7 +115,7 @@ def demo(folder: Path, total_steps: int | None = None) -> Summary:
         "held out, counting single tokens": baselines.unigram * nats_a_bit_a_byte,
         "held out, this model at the end": evaluation.loss,
     }
-    report.draw_run(run_dir, folder / "demo.png", references=references)
+    draw_run(run_dir, folder / "demo.png", references=references)
     summary = Summary(
         steps=total_steps,
         train_seconds=train_seconds,

@@ -1,4 +1,4 @@
-"""What a run tells: lines on the console, one JSON line a step in metrics.jsonl, TensorBoard where it is installed.
+"""What a run tells: lines on the console, one JSON line a step in metrics.jsonl, and trackers.
 
 Only rank 0 speaks. On a terminal progress is one line that renews itself; elsewhere it is plain lines.
 """
@@ -10,10 +10,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ostro import trackers
 from ostro.errors import DataError
 
 _PLAIN_SECONDS = 10.0  # between plain lines of a job measured in bytes
@@ -73,52 +74,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard of one run, on rank 0; opening it cuts the file back to the steps up to `step`."""
+    """metrics.jsonl and the trackers of one run, on rank 0; opening it cuts the file back to the steps up to `step`."""
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(
+        self, run_dir: Path, step: int, names: Sequence[str] | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self._file: IO[str] | None = None
-        self._board = None
+        self._trackers: list[trackers.Tracker] = []
         if not is_main_rank():
             return
         self.path = run_dir / "metrics.jsonl"
         cut_rows(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir, step)
+        self._trackers = trackers.open_trackers(names, trackers.Place(run_dir, step, config or {}))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one step's row; its scalars go to TensorBoard too."""
+        """Append one step's row; the trackers get it too."""
         if self._file is None:
             return
         # What is not finite, as where a gradient overflows, has no word in JSON.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(name, value, row["step"])
-            for layer, loads in enumerate(row.get("expert_load", ())):
-                self._board.add_scalar(f"expert_load_max/{layer}", max(loads), row["step"])
-                for expert, load in enumerate(loads):
-                    self._board.add_scalar(f"expert_load/{layer}/{expert}", load, row["step"])
+        for tracker in self._trackers:
+            tracker.write(row)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def close(self, picture: Path | None = None) -> None:
+        """Flush and close everything; `picture` is a PNG of the experts' load, for who keeps pictures."""
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def _tensorboard(run_dir: Path, step: int) -> Any:
-    # Asked for by its own name first: torch's wrapper takes seconds to import even where TensorBoard is absent.
-    import importlib.util
-
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        for tracker in self._trackers:
+            tracker.close(picture)
 
 
 class Progress:

@@ -286,10 +286,14 @@ class Checkpoint(Section):
 
 
 class Run(Section):
-    """Where a run writes, and how often it prints a line."""
+    """Where a run writes, how often it prints a line, and who else keeps its numbers.
+
+    `trackers` null is TensorBoard where it is installed; the others are extras, and read their own environment.
+    """
 
     dir: str = "runs/run"
     log_every: int = Field(default=1, ge=1)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
 
 
 class Profile(Section):

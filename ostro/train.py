@@ -25,6 +25,7 @@ from ostro.machine import keep_freed_memory
 from ostro.optim import build_optimizer
 from ostro.parallel.apply import mesh_of, parallelize
 from ostro.parallel.mesh import first_of_host, host_group
+from ostro.report.run import picture_of_load, refresh_page
 from ostro.serve.engine import tokenizer_beside
 from ostro.step import Run, StepStats, train_step
 from ostro.stopping import Evaluations
@@ -40,7 +41,6 @@ from ostro.weights.upcycle import open_upcycled
 class Outcome:
     """How a run ended: its directory, the last step and the last one saved, the last row of metrics, the signal.
 
-    tokens_per_second and mfu are those of all steps of this process, evaluations and saving included in the seconds.
     `is_exportable` is False where no format but a training checkpoint can say which router it is.
     """
 
@@ -52,8 +52,7 @@ class Outcome:
     is_exportable: bool
     evaluations: Evaluations
     has_best: bool
-    tokens_per_second: float
-    mfu: float
+    has_adapter: bool
 
 
 def train(config: Config) -> Outcome:
@@ -208,13 +207,12 @@ def _write_run_files(run: Run) -> None:
 
 def _loop(run: Run) -> Outcome:
     config = run.config
-    metrics = log.Metrics(run.run_dir, run.step)
+    metrics = log.Metrics(run.run_dir, run.step, config.run.trackers, config.model_dump(mode="json"))
     progress = log.Progress(run.total_steps, config.run.log_every)
     rate = devices.peak_flops(run.device, run.model.compute_dtype) * run.world.mesh.degrees.num_ranks
     profiling_range = config.profile.range()
     profiler = None
     row: dict[str, Any] = {}
-    begun, tokens_before, flops = time.perf_counter(), run.num_tokens, 0.0
     with Signals() as signals:
         while not _is_over(run) and not run.world.any_rank(signals.caught or 0):
             first, last = profiling_range or (0, -1)
@@ -223,7 +221,6 @@ def _loop(run: Run) -> Outcome:
             start = time.perf_counter()
             stats = train_step(run)
             row = _metrics_row(run, stats, time.perf_counter() - start, rate)
-            flops += stats.flops
             if profiler is not None and run.step >= min(last, run.total_steps):
                 profiling.write(run.run_dir, profiler)
                 profiler = None
@@ -233,8 +230,11 @@ def _loop(run: Run) -> Outcome:
             progress.show(row)
             _settle(run, run.saver.poll(), progress)
             is_best = config.checkpoint.best and run.evaluations.best_step == run.step
-            if is_best or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+            is_due = is_best or (bool(config.checkpoint.every) and run.step % config.checkpoint.every == 0)
+            if is_due:
                 _save(run, progress, is_best)
+            if is_due or "eval_loss" in row:
+                refresh_page(run.run_dir, devices.peak_memory_bytes(run.device))
         if profiler is not None:  # stopped inside the range
             profiling.write(run.run_dir, profiler)
         _settle(run, run.saver.finish(), progress)
@@ -242,8 +242,7 @@ def _loop(run: Run) -> Outcome:
             _save(run, progress)
             _settle(run, run.saver.finish(), progress)
             _require_saved(run)
-    metrics.close()
-    seconds = time.perf_counter() - begun
+    metrics.close(picture_of_load(run.run_dir) if config.run.trackers else None)
     return Outcome(
         run.run_dir,
         run.step,
@@ -253,8 +252,7 @@ def _loop(run: Run) -> Outcome:
         config.model.router == "softmax",
         run.evaluations,
         dcp.best(run.checkpoints) is not None,
-        (run.num_tokens - tokens_before) / seconds,
-        flops / seconds / rate,
+        config.lora is not None,
     )
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from ostro import device
 from ostro.config import Config
+from ostro.errors import Error
 from ostro.parallel import process
+from ostro.report.run import closing_lines, write_report
 from ostro.train import Outcome, train
 
 
@@ -27,19 +29,18 @@ def train_here(config: Config, echo: Callable[[str], object]) -> int | None:
 
 
 def _say(outcome: Outcome, echo: Callable[[str], object]) -> None:
+    if outcome.last:
+        try:
+            history = write_report(outcome.run_dir, device.peak_memory_bytes(device.accelerator()))
+            echo("\n".join(closing_lines(history)))
+        except (Error, OSError) as error:  # the run is whole without it
+            echo(f"the report could not be written: {error}")
     if outcome.signal is not None:
         echo(f"stopped at step {outcome.step}; the same command goes on from step {outcome.saved_step}.")
         return
-    peak = device.peak_memory_bytes(device.accelerator())
-    best = outcome.evaluations
-    if outcome.last:
-        echo(
-            f"step {outcome.step}: loss {outcome.last['loss']:.4f}; {outcome.tokens_per_second:,.0f} tokens/s and "
-            f"{outcome.mfu:.0%} of the machine's rate, all in all; {peak / 1e9:.1f} GB at most"
-        )
-    if best.best_loss is not None:
-        echo(f"best evaluation: {best.best_loss:.4f} at step {best.best_step}")
     path = outcome.run_dir / "checkpoints" / "best" if outcome.has_best else outcome.run_dir
     echo(f'next: ostro evaluate {path} DATA   ostro generate {path} "PROMPT"')
-    if outcome.is_exportable:
+    if outcome.has_adapter:
+        echo(f"      ostro chat {outcome.run_dir}   ostro merge-lora BASE {outcome.run_dir} DIR --to hf")
+    elif outcome.is_exportable:
         echo(f"      ostro convert {path} DIR --to hf")

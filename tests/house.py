@@ -32,7 +32,7 @@ LAYERS = (
     ("model", "data"),
     ("config", "log"),
     ("sections",),
-    ("degrees", "overrides"),
+    ("degrees", "overrides", "trackers"),
     ("device", "model.settings"),
     ("errors", "machine"),
 )

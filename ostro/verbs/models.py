@@ -60,6 +60,58 @@ def evaluate(
         typer.echo(f"layer {layer:>2} expert load  " + "  ".join(f"{load:5.1%}" for load in loads))
 
 
+def routing(
+    model: Model,
+    data: Annotated[list[str], typer.Argument(help="Prepared data, or text; each is a domain.")],
+    out: Annotated[Path, typer.Option(help="The folder for tables, figures and the page.")],
+    seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
+    most_tokens: Annotated[int, typer.Option(help="Read so much of each.")] = 65536,
+    kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Say which experts take which tokens: load, repetition, figures, and text coloured by expert."""
+    import tempfile
+
+    import rich
+
+    from ostro import log
+    from ostro.report import routing as analysis
+    from ostro.report.routing_page import console_tables, draw_routing, write_routing_page
+    from ostro.serve.engine import load_model, tokenizer_of
+
+    _require_folder(out)
+    loaded = load_model(model, dtype)
+    words = tokenizer_of(model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        domains = [
+            analysis.route(
+                loaded,
+                name,
+                analysis.open_domain(path, Path(folder) / str(i), words, kind, loaded.config),
+                seq_length,
+                most_tokens,
+            )
+            for i, (name, path) in enumerate(zip(analysis.domain_names(data), data, strict=True))
+        ]
+        analysis.write_tables(domains, out)
+        draw_routing(domains, out)
+        write_routing_page(domains, words, Path(model).resolve().name, out)
+    for title, table in console_tables(domains).items():
+        log.say(title, style="bold")
+        rich.print(table)
+    typer.echo(f"wrote tables and figures to {out}; look at {out / 'routing.html'}")
+
+
+def _require_folder(out: Path) -> None:
+    from ostro.errors import RequestError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out {out} cannot be written: {error.strerror}; name a folder.") from None
+
+
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to complete.")] = None,

@@ -124,3 +124,10 @@ def plan(
     from ostro.plan import plan as run_plan
 
     run_plan(load_config(recipe, list(context.args)), rank, is_dry_run=dry_run, json_file=json_file)
+
+
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's report.html and pictures again, from what lies in its directory."""
+    from ostro.report.run import closing_lines, write_report
+
+    typer.echo("\n".join(closing_lines(write_report(run))))

@@ -1,0 +1,55 @@
+"""What a run leaves to look at, written while it trains, at its end, or later from its directory alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ostro import log
+from ostro.errors import Error
+from ostro.report.history import History, read_history
+from ostro.report.page import write_page
+from ostro.report.pictures import draw_report
+
+
+def write_report(run_dir: Path, peak_memory_bytes: int | None = None) -> History:
+    """Write report.html, summary.json and report/*.png into a run directory; return what they show.
+
+    Raises DataError where no step was made or a file of the run is damaged.
+    """
+    history = write_page(run_dir, peak_memory_bytes)
+    draw_report(history)
+    return history
+
+
+def refresh_page(run_dir: Path, peak_memory_bytes: int) -> None:
+    """Write the page of a run that goes on, on rank 0; what is wrong with it is said and ends nothing."""
+    if log.is_main_rank():
+        try:
+            write_page(run_dir, peak_memory_bytes)
+        except (Error, OSError) as error:
+            log.say(f"report.html could not be written: {error}", style="yellow")
+
+
+def picture_of_load(run_dir: Path) -> Path | None:
+    """Write the picture of a run's expert load, on rank 0, and return its file; None where there is nothing to draw."""
+    if not log.is_main_rank():
+        return None
+    try:
+        file = draw_report(read_history(run_dir)) / "expert_load.png"
+    except (Error, OSError):  # the end of the run says it
+        return None
+    return file if file.exists() else None
+
+
+def closing_lines(history: History) -> list[str]:
+    """Return a run's end as the console tells it."""
+    found = history.summary
+    lines = [f"step {found['step']:,}: loss {found['loss']:.4f}, {found['tokens']:,} tokens"]
+    if "best_eval_loss" in found:
+        best = f"held out {found['best_eval_loss']:.4f} at best, at step {found['best_eval_step']:,}"
+        lines.append(best + f", {found['eval_loss']:.4f} at the end")
+    speed = f"{found['tokens_per_second']:,.0f} tokens/s, {found['mfu']:.0%} of the machine's rate"
+    if "peak_memory_bytes" in found:
+        speed += f", {log.size(found['peak_memory_bytes'])} of memory at most"
+    lines.append(speed)
+    return [*lines, f"look at {history.run_dir / 'report.html'}"]
