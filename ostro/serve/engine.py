@@ -20,6 +20,7 @@ from ostro.model.spans import spans_of
 from ostro.serve.cache import KVCache
 from ostro.serve.sampling import Sampling, next_token
 from ostro.weights import open_reader
+from ostro.weights.located import located
 from ostro.weights.store import Reader, load_into
 
 # Prompt tokens computed at once; bounds the memory of a long prefill.
@@ -55,12 +56,21 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def load_model(source: str | Path | Reader, dtype: str = "auto", device: torch.device | None = None) -> Mixtral:
-    """Load a checkpoint of any format, or a run directory, for inference.
+def load_model(
+    source: str | Path | Reader,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    adapter: str | Path | None = None,
+) -> Mixtral:
+    """Load a checkpoint of any format, or a run directory, for inference, with a LoRA `adapter` merged into it.
 
     dtype is `bf16`, `fp16`, `fp32`, or `auto`: the checkpoint's own, but fp32 on a CPU without bf16 units.
     """
     reader = open_reader(source) if isinstance(source, (str, Path)) else source
+    if adapter is not None:
+        from ostro.weights import adapters
+
+        reader = adapters.Merged(reader, adapters.open_adapter(adapter, reader.model))
     device = device or devices.accelerator()
     if dtype == "auto":
         stored = next(iter(reader.names().values())).dtype
@@ -83,7 +93,8 @@ def tokenizer_of(path: str | Path, override: str | None = None) -> Tokenizer:
 
 def tokenizer_beside(path: str | Path) -> Tokenizer | None:
     """Return the tokenizer that lies in a model's folder or in the run directory it belongs to, or None."""
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    path = located(path)
+    folder = path.parent if path.is_file() else path
     for candidate in (
         folder,
         folder / "tokenizer",
@@ -116,12 +127,13 @@ class Engine:
         """Complete each prompt; `on_text(prompt index, new text)` is called as text becomes certain."""
         sampling = sampling or Sampling()
         answers = [self._start(i, prompt, sampling) for i, prompt in enumerate(prompts)]
-        for index, text in self._steps(answers, sampling):
+        cache = self.cache([len(answer.ids) + sampling.max_new_tokens for answer in answers])
+        for index, text in self.steps(answers, cache):
             if text and on_text is not None:
                 on_text(index, text)
         return [answer.completion() for answer in answers]
 
-    def _start(self, index: int, prompt: str, sampling: Sampling) -> _Answer:
+    def _start(self, index: int, prompt: str, sampling: Sampling) -> Answer:
         ids = self.tokenizer.encode(prompt, bos=True)
         limit = self.model.config.max_position_embeddings
         if len(ids) + sampling.max_new_tokens > limit:
@@ -129,17 +141,23 @@ class Engine:
                 f"prompt {index + 1} has {len(ids)} tokens; with max_new_tokens={sampling.max_new_tokens} that is more "
                 f"than the model's {limit} positions: shorten one of them."
             )
-        generator = torch.Generator().manual_seed(sampling.seed)
-        return _Answer(index, prompt, ids, self.tokenizer, sampling, generator)
+        return Answer(index, prompt, ids, self.tokenizer, sampling)
+
+    def cache(self, capacities: Sequence[int]) -> KVCache:
+        """Return room for the keys and values of sequences of so many tokens."""
+        return KVCache(self.model.config, capacities, self.model.compute_dtype, self.device)
 
     @torch.inference_mode()
-    def _steps(self, answers: list[_Answer], sampling: Sampling) -> Iterator[tuple[int, str]]:
-        config = self.model.config
-        capacities = [len(answer.ids) + sampling.max_new_tokens for answer in answers]
-        cache = KVCache(config, capacities, self.model.compute_dtype, self.device)
+    def steps(self, answers: Sequence[Answer], cache: KVCache) -> Iterator[tuple[int, str]]:
+        """Go on with every answer until its end, yielding its index and what is certain of its text.
+
+        An answer's index is its sequence in `cache`, and what the cache has of it from before is not computed again.
+        Whoever stops early leaves a cache that can be gone on with.
+        """
         for answer in answers:
-            last = (len(answer.ids) - 1) // _PREFILL_TOKENS * _PREFILL_TOKENS
-            for start in range(0, last, _PREFILL_TOKENS):
+            first = cache.rewind(answer.index, answer.ids)
+            last = first + (len(answer.ids) - 1 - first) // _PREFILL_TOKENS * _PREFILL_TOKENS
+            for start in range(first, last, _PREFILL_TOKENS):
                 self._forward(cache, [answer.index], [answer.ids[start : start + _PREFILL_TOKENS]])
             logits, experts = self._forward(cache, [answer.index], [answer.ids[last:]])
             yield answer.index, answer.add(logits[0], int(experts[0]))
@@ -166,7 +184,7 @@ class Engine:
         tokens_T = torch.tensor([i for piece in pieces for i in piece], device=self.device)
         spans = spans_of(
             [len(piece) for piece in pieces],
-            starts=[cache.lengths[sequence] for sequence in sequences],
+            starts=[len(cache.ids[sequence]) for sequence in sequences],
             experts_LTA=torch.empty(
                 config.num_hidden_layers,
                 len(tokens_T),
@@ -179,30 +197,37 @@ class Engine:
         cache.begin(sequences)
         with self._attending(cache):
             x_TD = self.model(tokens_T, spans)
-        cache.advance(spans)
+        cache.advance(pieces)
         last = spans.document_starts[1:].long() - 1
         assert spans.experts_LTA is not None
         return self.model.logits(x_TD[last]).cpu(), spans.experts_LTA[-1, last, 0].cpu()
 
 
-class _Answer:
-    """One prompt's growing answer: tokens, certain text, and whether it has ended."""
+class Answer:
+    """One prompt's growing answer: tokens, certain text, and whether it has ended.
+
+    It ends at one of `end_ids`, by default EOS. With `continues` its text is what comes after the prompt's, a space at
+    its beginning included; without, it is a text of its own.
+    """
 
     def __init__(
         self,
         index: int,
         prompt: str,
-        ids: list[int],
+        ids: Sequence[int],
         tokenizer: Tokenizer,
         sampling: Sampling,
-        generator: torch.Generator,
+        *,
+        end_ids: Sequence[int] = (),
+        continues: bool = True,
     ) -> None:
         self.index, self.prompt, self.ids = index, prompt, list(ids)
         self.num_prompt_tokens = len(ids)
         self.finish_reason = ""
-        self._tokenizer, self._sampling, self._generator = tokenizer, sampling, generator
+        self._end_ids = {tokenizer.eos_token_id, *end_ids}
+        self._sampling, self._generator = sampling, torch.Generator().manual_seed(sampling.seed)
         self._stream = tokenizer.stream()
-        for token in ids:  # whether the answer begins with a space depends on what stands before it
+        for token in ids if continues else ():  # whether it begins with a space depends on what stands before it
             self._stream.push(token)
         self._text = ""
         self._shown = 0
@@ -211,7 +236,7 @@ class _Answer:
     def add(self, logits_V: Tensor, expert: int) -> str:
         """Choose the next token from its logits; return the text that is now certain and was not before."""
         token = next_token(logits_V, torch.tensor(self.ids), self._sampling, self._generator)
-        if token == self._tokenizer.eos_token_id:
+        if token in self._end_ids:
             self.finish_reason = "eos"
         else:
             self.ids.append(token)
@@ -241,5 +266,6 @@ class _Answer:
         return new
 
     def completion(self) -> Completion:
+        """Return what there is of it so far."""
         ids = tuple(self.ids[self.num_prompt_tokens :])
         return Completion(self.prompt, self._text, ids, self.finish_reason, tuple(self._experts))

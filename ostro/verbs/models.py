@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ostro.verbs.options import Dtype, Model, TokenizerOption
+from ostro.verbs.options import AdapterOption, Dtype, Model, TokenizerOption
 
 if TYPE_CHECKING:
     from ostro.serve.engine import Completion, Engine
@@ -91,6 +91,38 @@ def generate(
         _stream(engine, texts[0], sampling)
         return
     _write_completions(engine.generate(texts, sampling), out)
+
+
+def chat(
+    model: Model,
+    adapter: AdapterOption = None,
+    system: Annotated[str, typer.Option(help="A system prompt.")] = "",
+    template: Annotated[str, typer.Option(help="auto, mistral-v1, mistral-v3, vicuna or tokenizer.")] = "auto",
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with a turn a line.")] = None,
+    max_new_tokens: int = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int, typer.Option(help="What sampling starts from.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer at this text; may be given again.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model: on a terminal, or a line a turn on stdin."""
+    from ostro.serve.chat import Dialogue, converse, template_for
+    from ostro.serve.engine import Engine, load_model, tokenizer_of
+    from ostro.serve.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    prompts = None if prompts_file is None else _read_prompts(prompts_file)
+    words = tokenizer_of(model, tokenizer)
+    name, render, note = template_for(adapter or model, template, words)
+    engine = Engine(load_model(model, dtype, adapter=adapter), words)
+    positions = engine.model.config.max_position_embeddings
+    title = f"{model}, template {name}, {positions:,} positions"
+    converse(Dialogue(engine, render, sampling, system), title, note, prompts)
 
 
 def _stream(engine: Engine, prompt: str, sampling: Sampling) -> None:

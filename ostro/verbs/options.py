@@ -11,3 +11,4 @@ TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="v1, v3, a .model, a tokenizer.json, or a folder.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="A LoRA adapter to merge into it.")]
