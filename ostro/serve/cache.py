@@ -12,6 +12,30 @@ from ostro.model.settings import ModelConfig
 from ostro.model.spans import Spans
 
 
+class Branches:
+    """Several texts after one, in one forward pass: a document with a parent attends to all of that one first.
+
+    `parents` has for each document the number of an earlier one, or None. Wraps the model's `attend` as KVCache does.
+    """
+
+    def __init__(self, parents: Sequence[int | None]) -> None:
+        self.parents = parents
+
+    def attend(
+        self, layer: int, q_THC: Tensor, k_TKC: Tensor, v_TKC: Tensor, spans: Spans, window: int | None
+    ) -> Tensor:
+        """Attend inside documents and to their parents; returns [T, H, C]."""
+        lengths = spans.document_lengths
+        keys, values = k_TKC.split(lengths), v_TKC.split(lengths)
+        outs = []
+        for at, (q, parent) in enumerate(zip(q_THC.split(lengths), self.parents, strict=True)):
+            k, v = keys[at], values[at]
+            if parent is not None:
+                k, v = torch.cat([keys[parent], k]), torch.cat([values[parent], v])
+            outs.append(attend_document(q, k, v, window))
+        return torch.cat(outs)
+
+
 class KVCache:
     """One growing stretch of keys and values per sequence and layer; it wraps the model's `attend`.
 

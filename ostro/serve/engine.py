@@ -17,7 +17,7 @@ from ostro.errors import ConfigError, RequestError, WeightsError, nearest
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
-from ostro.serve.cache import KVCache
+from ostro.serve.cache import Branches, KVCache
 from ostro.serve.sampling import Sampling, next_token
 from ostro.weights import open_reader
 from ostro.weights.located import located
@@ -167,7 +167,7 @@ class Engine:
                 yield answer.index, answer.add(logits[row], int(experts[row]))
 
     @contextlib.contextmanager
-    def _attending(self, cache: KVCache) -> Iterator[None]:
+    def attending(self, cache: KVCache | Branches) -> Iterator[None]:
         """Have the cache stand in for every layer's `attend`, and put the model back as it was."""
         before = {layer: block.self_attn.attend for layer, block in self.model.blocks.items()}
         try:
@@ -195,7 +195,7 @@ class Engine:
             device=self.device,
         )
         cache.begin(sequences)
-        with self._attending(cache):
+        with self.attending(cache):
             x_TD = self.model(tokens_T, spans)
         cache.advance(pieces)
         last = spans.document_starts[1:].long() - 1

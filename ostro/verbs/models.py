@@ -11,19 +11,55 @@ import typer
 from ostro.verbs.options import AdapterOption, Dtype, Model, TokenizerOption
 
 if TYPE_CHECKING:
+    from ostro.data.tokenizer import Tokenizer
+    from ostro.model.mixtral import Mixtral
     from ostro.serve.engine import Completion, Engine
     from ostro.serve.sampling import Sampling
 
 
 def evaluate(
     model: Model,
-    data: Annotated[list[str], typer.Argument(help="Prepared data, or text.")],
+    data: Annotated[list[str] | None, typer.Argument(help="Prepared data, or text.")] = None,
     seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
     kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks instead of data: hellaswag,arc_easy")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files (YAML) of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question; the task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts at once; 0 by their tokens.")] = 0,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as in a chat.")] = False,
+    template: Annotated[str, typer.Option(help="Which: auto, mistral-v1, mistral-v3, vicuna, tokenizer.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the tasks' results here as well.")] = None,
     tokenizer: TokenizerOption = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Print loss, perplexity, bits per byte and expert load."""
+    """Print loss, perplexity, bits per byte and expert load; or what lm-eval's tasks say."""
+    from ostro.errors import ConfigError
+    from ostro.serve.engine import Engine, load_model, tokenizer_of
+
+    if bool(data) == bool(tasks):
+        raise ConfigError("name data to score or --tasks: ostro evaluate MODEL FILE, or MODEL --tasks hellaswag.")
+    words = tokenizer_of(model, tokenizer)
+    if data:
+        _evaluate_data(load_model(model, dtype), words, data, seq_length, kind)
+        return
+    from ostro.serve.chat import template_for
+    from ostro.serve.harness import Harness, run, table
+
+    render = template_for(model, template, words)[1] if apply_chat_template else None
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    engine = Engine(load_model(model, dtype), words)
+    results = run(Harness(engine, render, batch_size), names, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot)
+    if json_file is not None:
+        import json
+
+        from ostro import log
+
+        log.write_text(json_file, json.dumps(results, indent=1, default=str) + "\n")
+    typer.echo(table(results))
+
+
+def _evaluate_data(loaded: Mixtral, words: Tokenizer, data: list[str], seq_length: int, kind: str) -> None:
     import tempfile
 
     from ostro.data import shards
@@ -32,10 +68,7 @@ def evaluate(
     from ostro.dataset import check_data
     from ostro.errors import ConfigError
     from ostro.evaluate import evaluate as run_evaluate
-    from ostro.serve.engine import load_model, tokenizer_of
 
-    loaded = load_model(model, dtype)
-    words = tokenizer_of(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         raw = [path for path in data if not shards.is_prepared(path)]
         folders = [Path(path) for path in data if shards.is_prepared(path)]
