@@ -24,7 +24,7 @@ from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
 from ostro.data.shards import Shards
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
-from ostro.dataset import open_data, open_loader
+from ostro.dataset import open_data, open_loader, settled
 from ostro.errors import ConfigError, DataError, Error, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.machine import keep_freed_memory
@@ -155,7 +155,7 @@ def set_up(config: Config) -> Run:
     )
     _start_or_resume(run)
     if log.is_main_rank():
-        _write_run_files(run)
+        _write_run_files(run, settled(config, shards, tokenizer))
     return run
 
 
@@ -216,12 +216,12 @@ def _total_steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _write_run_files(run: Run) -> None:
+def _write_run_files(run: Run, config: Config) -> None:
     try:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir={run.run_dir} cannot be made: {error.strerror}.") from None
-    log.write_text(run.run_dir / "config.yaml", run.config.as_yaml())
+    log.write_text(run.run_dir / "config.yaml", config.as_yaml())
     from importlib.metadata import version
 
     names = ("ostro", "torch", "numpy", "tokenizers", "pydantic")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ostro import device
 from ostro.config import Config
 from ostro.parallel import process
+from ostro.serve.chat import trained_with
 from ostro.train import Outcome, train
 
 
@@ -38,5 +39,7 @@ def _say(outcome: Outcome, echo: Callable[[str], object]) -> None:
             f"{last['mfu']:.0%} of the machine's rate, {peak / 1e9:.1f} GB at most"
         )
     echo(f'next: ostro evaluate {outcome.run_dir} DATA   ostro generate {outcome.run_dir} "PROMPT"')
+    if trained_with(outcome.run_dir) is not None:
+        echo(f"      ostro chat {outcome.run_dir}")
     if outcome.is_exportable:
         echo(f"      ostro convert {outcome.run_dir} DIR --to hf")

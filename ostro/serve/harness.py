@@ -281,9 +281,8 @@ def run(
     manager = manager_of(include_path=None if tasks_dir is None else str(tasks_dir))
     for name in tasks:
         if not manager.match_tasks([name]):
-            raise ConfigError(
-                f"lm-eval has no task {name!r}; its command `lm-eval ls tasks` lists them.{nearest(name, manager.all_tasks)}"
-            )
+            near = nearest(name, manager.all_tasks)
+            raise ConfigError(f"lm-eval has no task {name!r}: its command `lm-eval ls tasks` lists them.{near}")
     try:
         results = lm_eval.simple_evaluate(
             model=harness,
