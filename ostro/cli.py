@@ -43,6 +43,7 @@ app.command()(weights.inspect)
 app.command()(weights.download)
 app.command()(weights.verify)
 app.command()(models.generate)
+app.command()(models.chat)
 
 
 @app.callback()

@@ -17,7 +17,7 @@ from ostro.errors import ConfigError, DataError, Error, WeightsError, nearest
 from ostro.inspection import described, hints_of
 from ostro.log import size
 from ostro.model.settings import ModelConfig
-from ostro.serve.engine import tokenizer_beside, torch_dtype
+from ostro.serve.load import tokenizer_beside, torch_dtype
 from ostro.weights import Reader
 from ostro.weights.adapters import Adapter, open_adapter
 from ostro.weights.joined import join

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ostro import log
 from ostro.config import Config
 from ostro.data import shards as token_shards
+from ostro.data.chat import fitting
 from ostro.data.loader import Loader, packing_of
 from ostro.data.prepare import is_of_template, prepared
 from ostro.data.shards import Shards
@@ -52,11 +56,59 @@ def open_data(config: Config, paths: tuple[str, ...], tokenizer: Tokenizer) -> l
         log.say(f"preparing {', '.join(raw)} (cached for the next time)")
         cache = token_shards.cache_dir() / "prepared"
         settings = Settings(config.data.kind, config.data.documents, config.data.template, config.data.dedup)
-        folders.append(prepared(raw, cache, tokenizer=tokenizer, settings=settings))
+        try:
+            folders.append(prepared(raw, cache, tokenizer=tokenizer, settings=settings))
+        except DataError as error:
+            if not re.search(r" (line|record|row) \d", str(error)):
+                raise
+            which = " ".join(shlex.quote(path) for path in raw)
+            raise DataError(
+                f"{error} `ostro prepare {which} --check` names every bad record, and --fix FILE keeps the others."
+            ) from None
     opened = [token_shards.open_shards(folder) for folder in folders]
     for folder, shards in zip(folders, opened, strict=True):
         check_data(folder, shards, tokenizer, config.model, config.data.template)
+        if _is_chat(shards):
+            log.say(_learned(shards, tokenizer))
     return opened
+
+
+def _is_chat(shards: Shards) -> bool:
+    """Whether a template made these tokens: MindRecord's rows have parts that are not learned too, and none."""
+    manifest = shards.manifest
+    return manifest.num_trained < manifest.num_tokens and any(
+        source["kind"] not in ("mindrecord", "megatron") for source in manifest.sources
+    )
+
+
+def _learned(shards: Shards, tokenizer: Tokenizer) -> str:
+    manifest = shards.manifest
+    text = (
+        f"{', '.join(source['path'] for source in manifest.sources[:3])}{' …' * (len(manifest.sources) > 3)}: "
+        f"{manifest.num_documents:,} conversations, {manifest.num_tokens:,} tokens, of which "
+        f"{manifest.num_trained / manifest.num_tokens:.1%} are learned, what the assistant says; template "
+        f"{template_of([shards], tokenizer)}"
+    )
+    if manifest.num_unlearned:
+        text += f"; {manifest.num_unlearned:,} of them teach nothing"
+    if manifest.num_repeats:
+        text += f"; {manifest.num_repeats:,} that repeat another were dropped"
+    return text
+
+
+def template_of(shards: Sequence[Shards], tokenizer: Tokenizer) -> str:
+    """Return the name of the template that conversations in the data were rendered by, "auto" where there are none."""
+    for each in shards:
+        if _is_chat(each):
+            name = each.manifest.settings.get("template") or "auto"
+            return fitting(tokenizer) if name == "auto" else name
+    return "auto"
+
+
+def settled(config: Config, shards: Sequence[Shards], tokenizer: Tokenizer) -> Config:
+    """Return a run's config with its template by name, as whoever talks to the model has to know it."""
+    data = config.data.model_copy(update={"template": template_of(shards, tokenizer)})
+    return config.model_copy(update={"data": data}) if data.template != "auto" else config
 
 
 def check_data(folder: Path, shards: Shards, tokenizer: Tokenizer, model: ModelConfig, template: str = "auto") -> None:

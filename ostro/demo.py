@@ -36,7 +36,8 @@ from ostro.errors import ConfigError, DataError, Error, TrainError, WeightsError
 from ostro.evaluate import Evaluation, evaluate
 from ostro.model import layout
 from ostro.report.pictures import draw_run
-from ostro.serve.engine import Completion, Engine, load_model
+from ostro.serve.engine import Completion, Engine
+from ostro.serve.load import load_model
 from ostro.serve.sampling import Sampling
 from ostro.verify import verify
 from ostro.weights import dcp

@@ -17,7 +17,7 @@ from ostro.config import Config
 from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
-from ostro.dataset import open_data, open_loader
+from ostro.dataset import open_data, open_loader, settled
 from ostro.errors import ConfigError, DataError, TrainError, WeightsError
 from ostro.evaluate import evaluate, expert_load
 from ostro.interrupts import Signals
@@ -26,7 +26,7 @@ from ostro.optim import build_optimizer
 from ostro.parallel.apply import mesh_of, parallelize
 from ostro.parallel.mesh import first_of_host, host_group
 from ostro.report.run import picture_of_load, refresh_page
-from ostro.serve.engine import tokenizer_beside
+from ostro.serve.load import tokenizer_beside
 from ostro.step import Run, StepStats, train_step
 from ostro.stopping import Evaluations
 from ostro.weights import FORMATS, NO_HINTS, dcp, detect, lora_run, open_reader
@@ -115,7 +115,7 @@ def set_up(config: Config) -> Run:
     )
     _start_or_resume(run)
     if log.is_main_rank():
-        _write_run_files(run)
+        _write_run_files(run, settled(config, shards, tokenizer))
     return run
 
 
@@ -187,12 +187,12 @@ def _total_steps(config: Config, loader: Loader) -> int:
     return steps
 
 
-def _write_run_files(run: Run) -> None:
+def _write_run_files(run: Run, config: Config) -> None:
     try:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir={run.run_dir} cannot be made: {error.strerror}.") from None
-    log.write_text(run.run_dir / "config.yaml", run.config.as_yaml())
+    log.write_text(run.run_dir / "config.yaml", config.as_yaml())
     from importlib.metadata import version
 
     names = ("ostro", "torch", "numpy", "tokenizers", "pydantic")

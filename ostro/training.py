@@ -9,6 +9,7 @@ from ostro.config import Config
 from ostro.errors import Error
 from ostro.parallel import process
 from ostro.report.run import closing_lines, write_report
+from ostro.serve.chat import trained_with
 from ostro.train import Outcome, train
 
 
@@ -40,7 +41,9 @@ def _say(outcome: Outcome, echo: Callable[[str], object]) -> None:
         return
     path = outcome.run_dir / "checkpoints" / "best" if outcome.has_best else outcome.run_dir
     echo(f'next: ostro evaluate {path} DATA   ostro generate {path} "PROMPT"')
+    if trained_with(outcome.run_dir) is not None:
+        echo(f"      ostro chat {path}")
     if outcome.has_adapter:
-        echo(f"      ostro chat {outcome.run_dir}   ostro merge-lora BASE {outcome.run_dir} DIR --to hf")
+        echo(f"      ostro merge-lora BASE {outcome.run_dir} DIR --to hf")
     elif outcome.is_exportable:
         echo(f"      ostro convert {path} DIR --to hf")

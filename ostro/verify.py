@@ -11,7 +11,7 @@ from torch import Tensor
 from ostro.errors import WeightsError
 from ostro.model import layout, ops
 from ostro.model.spans import spans_of
-from ostro.serve.engine import empty_model
+from ostro.serve.load import empty_model
 from ostro.weights import FORMATS, Reader, detect, open_reader
 from ostro.weights.store import NO_HINTS, Difference, Hints, cast, compare, pieces, require_finite
 

@@ -31,7 +31,7 @@ from ostro.model.mixtral import Mixtral
 from ostro.model.routing import ROUTERS
 from ostro.model.settings import Balance, ModelConfig, MoeConfig
 from ostro.model.spans import spans_of
-from ostro.serve.engine import load_model
+from ostro.serve.load import load_model
 from ostro.weights import FORMATS, RandomReader, convert, dcp, digest, load_into, open_reader
 from ostro.weights.dcp_file import infos_of, read_metadata
 

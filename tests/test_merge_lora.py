@@ -12,7 +12,7 @@ from ostro.cli import main
 from ostro.data.tokenizer import load_tokenizer
 from ostro.model import layout
 from ostro.model.settings import LoraConfig, ModelConfig
-from ostro.serve.engine import load_model, torch_dtype
+from ostro.serve.load import load_model, torch_dtype
 from ostro.weights import CastReader, RandomReader, digest, open_reader
 from ostro.weights.adapters import Adapter, read_peft, write_peft
 from ostro.weights.merged import Merged

@@ -18,7 +18,7 @@ from ostro.data.tokenizer import load_tokenizer
 from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
 from ostro.report import routing
-from ostro.serve.engine import load_model
+from ostro.serve.load import load_model
 from ostro.weights.store import RandomReader
 
 CONFIG = ModelConfig(

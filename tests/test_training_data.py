@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from ostro.cli import main
 from ostro.config import Config, load_config
 from ostro.data.mindrecord import MindRecordWriter
 from ostro.data.prepare import prepare
@@ -22,6 +24,7 @@ from ostro.data.tokenizer import load_tokenizer
 from ostro.errors import ConfigError, DataError, TrainError
 from ostro.evaluate import evaluate
 from ostro.log import read_metrics
+from ostro.serve.chat import trained_with
 from ostro.train import set_up, train, train_step
 
 SMALL = [
@@ -230,3 +233,28 @@ def test_the_tokens_of_short_rows_are_counted_as_they_are(talks: Path, tmp_path:
 def test_duplicates_are_left_out_of_raw_data_where_asked(winds: tuple[Path, Path], tmp_path: Path) -> None:
     run = set_up(config([winds[0]], tmp_path / "run", "data.dedup=true", "train.global_batch_sequences=1"))
     assert run.loader.num_tokens == 32
+
+
+def test_a_run_over_chats_says_what_it_learns_and_which_template_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talk = {"conversations": [{"from": "human", "value": "Is it so?"}, {"from": "gpt", "value": "Yes."}]}
+    Path("chat.jsonl").write_text((json.dumps(talk) + "\n") * 9)
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = [f"model.{name}={value}" for name, value in {**sizes, "num_hidden_layers": 1}.items()]
+    small += ["train.steps=1", "train.global_batch_sequences=1", "data.seq_length=32", "run.dir=run"]
+    assert main(["train", "tiny", "data.path=chat.jsonl", *small]) == 0
+    said = capsys.readouterr().out
+    assert "chat.jsonl: 9 conversations, " in said
+    learned = float(said.split("of which ")[1].split("%")[0])
+    assert 15 < learned < 40
+    assert "template mistral-v1" in said
+    assert "ostro chat run" in said
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data"]["template"] == "mistral-v1"
+    assert trained_with("run") == "mistral-v1"
+    Path("chat.jsonl").write_text('{"messages": [{"role": "usr", "content": "a"}]}\n')
+    assert main(["train", "tiny", "data.path=chat.jsonl", *small, "run.dir=other"]) == 3
+    error = " ".join(capsys.readouterr().err.split())
+    assert "chat.jsonl line 1: message 1: \"role\" is 'usr'" in error
+    assert "`ostro prepare chat.jsonl --check` names every bad record" in error

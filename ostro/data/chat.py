@@ -73,6 +73,34 @@ def render_batch(
     return assembled(planned, controls, tokenizer) if planned else []
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What stands before an answer: its text, its token ids, and the ids of the tokens that end the answer."""
+
+    text: str
+    ids: list[int]
+    end_ids: tuple[int, ...]
+
+
+def prompt_of(chat: Chat, template: Template, tokenizer: Tokenizer) -> Prompt:
+    """Return what training puts before the assistant's next answer, token for token, whatever it says there.
+
+    Raises DataError where the template cannot express the conversation.
+    """
+    # The same path as in training: an answer is put there, and what is learned of it is cut off again.
+    asked = [dataclasses.replace(message, trained=False) for message in chat.messages]
+    probed = dataclasses.replace(chat, messages=[*asked, Message("assistant", "x")])
+    controls = controls_of(tokenizer)
+    pieces = template(probed, controls)
+    check(pieces, probed, controls)
+    first = next((at for at, piece in enumerate(pieces) if piece.trained), None)
+    if not first:
+        raise DataError(f"{chat.where}: the chat template puts nothing before an answer: use another template.")
+    [before] = assembled([(probed, "", pieces[:first])], controls, tokenizer)
+    ends = (controls.ids[piece.text] for piece in pieces[first:] if piece.trained and piece.control)
+    return Prompt("".join(piece.text for piece in pieces[:first]), before.ids.tolist(), tuple(ends))
+
+
 def mistral_v1(chat: Chat, controls: Controls) -> list[Piece]:
     """Return the pieces of Mixtral-8x7B-Instruct's template; raises DataError for tools, which it has not.
 
@@ -166,13 +194,13 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     the folder's own is asked for and not there.
     """
     if name == "auto":
-        name = _fitting(tokenizer)
+        name = fitting(tokenizer)
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name != "tokenizer":
         known = ["auto", *TEMPLATES, "tokenizer"]
         raise DataError(f"chat template {name!r} is unknown: use {', '.join(known)}.{nearest(name, known)}")
-    source = _own_source(tokenizer)
+    source = own_source(tokenizer)
     if not source:
         raise DataError(
             f"tokenizer {tokenizer.name} has no chat_template of its own: use {', '.join(TEMPLATES)}, or put a "
@@ -181,13 +209,15 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     return JinjaTemplate(source)
 
 
-def _fitting(tokenizer: Tokenizer) -> str:
+def fitting(tokenizer: Tokenizer) -> str:
+    """Return the name of the template that `load_template` takes for "auto"."""
     if "[TOOL_CALLS]" in controls_of(tokenizer).ids:
         return "mistral-v3"
-    return "tokenizer" if tokenizer.sha256 != _MIXTRAL_8X7B and _own_source(tokenizer) else "mistral-v1"
+    return "tokenizer" if tokenizer.sha256 != _MIXTRAL_8X7B and own_source(tokenizer) else "mistral-v1"
 
 
-def _own_source(tokenizer: Tokenizer) -> str:
+def own_source(tokenizer: Tokenizer) -> str:
+    """Return the chat template that lies with a tokenizer, as jinja2; empty where there is none."""
     source: Any = tokenizer._config.get("chat_template")
     if isinstance(source, list):  # several, by name; the one for conversations is the default
         source = next((each.get("template") for each in source if each.get("name") == "default"), None)

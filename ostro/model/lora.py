@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ostro.model import layout, ops
 from ostro.model.corrected import low_rank
+from ostro.model.quant import NF4
 from ostro.model.routing import uniform
 from ostro.model.settings import TARGETS, LoraConfig, ModelConfig
 
@@ -95,3 +96,20 @@ def add(model: nn.Module, config: ModelConfig, lora: LoraConfig) -> None:
         elif target in lora.matrices:
             salt = (parameter.layer or 0) * len(TARGETS) + TARGETS.index(target) + 1
             holder.correction = Correction(lora, salt)
+
+
+def keep_in_four_bits(model: nn.Module, config: ModelConfig) -> dict[str, NF4]:
+    """Replace attention's and the experts' matrices of a whole model by empty ones in 4 bits; return them by name."""
+    kept = {}
+    for name, parameter in layout.table(config).items():
+        if parameter.kind in layout.QUANTIZED:
+            kept[name] = replace_by_nf4(model, name, NF4(parameter.shape, device=next(model.parameters()).device))
+    return kept
+
+
+def replace_by_nf4(model: nn.Module, name: str, nf4: NF4) -> NF4:
+    """Put a matrix in 4 bits, a module, in the place of the parameter of that name."""
+    holder, _, own = name.rpartition(".")
+    delattr(model.get_submodule(holder), own)
+    model.get_submodule(holder).add_module(own, nf4)
+    return nf4

@@ -16,6 +16,7 @@ from ostro.degrees import stage_layers
 from ostro.model import layout, ops
 from ostro.model.balance import update_bias
 from ostro.model.lora import add as add_lora
+from ostro.model.lora import replace_by_nf4
 from ostro.model.mixtral import Mixtral
 from ostro.model.quant import NF4
 from ostro.model.settings import LoraConfig, ModelConfig
@@ -292,8 +293,7 @@ def _cut_parameters(
             kind = parameter.kind
             offsets, shape = mesh.degrees.cut(mesh.rank, kind.dims, parameter.shape)
             if lora is not None and lora.quantize and kind in layout.QUANTIZED:
-                delattr(module, name)
-                module.add_module(name, NF4(shape, parameter.shape, offsets, p.device))
+                replace_by_nf4(module, name, NF4(shape, parameter.shape, offsets, p.device))
                 continue
             kept = p.new_empty(shape, dtype=torch.float32 if kind.is_small or kind.is_low_rank else dtype)
             module.register_parameter(name, nn.Parameter(kept, requires_grad=p.requires_grad))

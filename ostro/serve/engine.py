@@ -1,4 +1,4 @@
-"""Prompts in, text out: load a model of any format, prefill, decode, stop."""
+"""Prompts in, text out: prefill, decode, stop."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ostro import device as devices
-from ostro.data.tokenizer import Tokenizer, load_tokenizer
-from ostro.errors import ConfigError, RequestError, WeightsError, nearest
+from ostro.data.tokenizer import Tokenizer
+from ostro.errors import RequestError, WeightsError
 from ostro.model.mixtral import Mixtral
-from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
-from ostro.serve.cache import KVCache
+from ostro.serve.cache import Branches, KVCache
 from ostro.serve.sampling import Sampling, next_token
-from ostro.weights import open_reader
-from ostro.weights.adapters import open_adapter
-from ostro.weights.merged import Merged
-from ostro.weights.store import CastReader, Reader, load_into
 
 # Prompt tokens computed at once; bounds the memory of a long prefill.
 _PREFILL_TOKENS = 4096
@@ -38,71 +31,6 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     experts: tuple[int, ...]
-
-
-def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Mixtral:
-    """Return a model for inference with uninitialised weights in `dtype`; the router's stay fp32."""
-    with torch.device("meta"):
-        model = Mixtral(config, compute_dtype=dtype).to(dtype)
-        for block in model.blocks.values():
-            block.block_sparse_moe.gate.float()
-    return model.to_empty(device=device).requires_grad_(False).eval()
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype a command line names: bf16, fp16 or fp32."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name not in dtypes:
-        raise ConfigError(f"dtype {name!r} is not one of {', '.join(dtypes)}.{nearest(name, dtypes)}")
-    return dtypes[name]
-
-
-def load_model(
-    source: str | Path | Reader,
-    dtype: str = "auto",
-    device: torch.device | None = None,
-    adapter: str | Path | None = None,
-) -> Mixtral:
-    """Load a checkpoint of any format, or a run directory, for inference, and merge a LoRA adapter into it.
-
-    dtype is `bf16`, `fp16`, `fp32`, or `auto`: the checkpoint's own, but fp32 on a CPU without bf16 units.
-    """
-    reader = open_reader(source) if isinstance(source, (str, Path)) else source
-    device = device or devices.accelerator()
-    if dtype == "auto":
-        stored = next(iter(reader.names().values())).dtype
-        is_slow = device.type == "cpu" and not devices.bf16_is_fast()
-        dtype = "fp32" if stored == torch.float32 or is_slow else "bf16"
-    if adapter is not None:
-        infos = CastReader(reader, torch_dtype(dtype), keep_fp32=True).names()
-        reader = Merged(reader, open_adapter(adapter, reader.model), infos)
-    model = empty_model(reader.model, torch_dtype(dtype), device)
-    load_into(model, reader)
-    return model
-
-
-def tokenizer_of(path: str | Path, override: str | None = None) -> Tokenizer:
-    """Return the tokenizer that lies with a model: in its folder, or in the run directory it belongs to."""
-    if override is not None:
-        return load_tokenizer(override)
-    found = tokenizer_beside(path)
-    if found is None:
-        raise WeightsError(f"{path} has no tokenizer beside its weights: name one with --tokenizer v1, v3 or a file.")
-    return found
-
-
-def tokenizer_beside(path: str | Path) -> Tokenizer | None:
-    """Return the tokenizer that lies in a model's folder or in the run directory it belongs to, or None."""
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
-    for candidate in (
-        folder,
-        folder / "tokenizer",
-        folder.parent / "tokenizer",
-        folder.parent.parent / "tokenizer",
-    ):
-        if (candidate / "tokenizer.json").is_file() or (candidate / "tokenizer.model").is_file():
-            return load_tokenizer(candidate)
-    return None
 
 
 class Engine:
@@ -126,12 +54,13 @@ class Engine:
         """Complete each prompt; `on_text(prompt index, new text)` is called as text becomes certain."""
         sampling = sampling or Sampling()
         answers = [self._start(i, prompt, sampling) for i, prompt in enumerate(prompts)]
-        for index, text in self._steps(answers, sampling):
+        cache = self.cache([len(answer.ids) + sampling.max_new_tokens for answer in answers])
+        for index, text in self.steps(answers, cache):
             if text and on_text is not None:
                 on_text(index, text)
         return [answer.completion() for answer in answers]
 
-    def _start(self, index: int, prompt: str, sampling: Sampling) -> _Answer:
+    def _start(self, index: int, prompt: str, sampling: Sampling) -> Answer:
         ids = self.tokenizer.encode(prompt, bos=True)
         limit = self.model.config.max_position_embeddings
         if len(ids) + sampling.max_new_tokens > limit:
@@ -139,17 +68,23 @@ class Engine:
                 f"prompt {index + 1} has {len(ids)} tokens; with max_new_tokens={sampling.max_new_tokens} that is more "
                 f"than the model's {limit} positions: shorten one of them."
             )
-        generator = torch.Generator().manual_seed(sampling.seed)
-        return _Answer(index, prompt, ids, self.tokenizer, sampling, generator)
+        return Answer(index, prompt, ids, self.tokenizer, sampling)
+
+    def cache(self, capacities: Sequence[int]) -> KVCache:
+        """Return room for the keys and values of sequences of so many tokens."""
+        return KVCache(self.model.config, capacities, self.model.compute_dtype, self.device)
 
     @torch.inference_mode()
-    def _steps(self, answers: list[_Answer], sampling: Sampling) -> Iterator[tuple[int, str]]:
-        config = self.model.config
-        capacities = [len(answer.ids) + sampling.max_new_tokens for answer in answers]
-        cache = KVCache(config, capacities, self.model.compute_dtype, self.device)
+    def steps(self, answers: Sequence[Answer], cache: KVCache) -> Iterator[tuple[int, str]]:
+        """Go on with every answer until its end, yielding its index and what is certain of its text.
+
+        An answer's index is its sequence in `cache`, and what the cache has of it from before is not computed again.
+        Whoever stops early leaves a cache that can be gone on with.
+        """
         for answer in answers:
-            last = (len(answer.ids) - 1) // _PREFILL_TOKENS * _PREFILL_TOKENS
-            for start in range(0, last, _PREFILL_TOKENS):
+            first = cache.rewind(answer.index, answer.ids)
+            last = first + (len(answer.ids) - 1 - first) // _PREFILL_TOKENS * _PREFILL_TOKENS
+            for start in range(first, last, _PREFILL_TOKENS):
                 self._forward(cache, [answer.index], [answer.ids[start : start + _PREFILL_TOKENS]])
             logits, experts = self._forward(cache, [answer.index], [answer.ids[last:]])
             yield answer.index, answer.add(logits[0], int(experts[0]))
@@ -159,7 +94,7 @@ class Engine:
                 yield answer.index, answer.add(logits[row], int(experts[row]))
 
     @contextlib.contextmanager
-    def _attending(self, cache: KVCache) -> Iterator[None]:
+    def attending(self, cache: KVCache | Branches) -> Iterator[None]:
         """Have the cache stand in for every layer's `attend`, and put the model back as it was."""
         before = {layer: block.self_attn.attend for layer, block in self.model.blocks.items()}
         try:
@@ -176,7 +111,7 @@ class Engine:
         tokens_T = torch.tensor([i for piece in pieces for i in piece], device=self.device)
         spans = spans_of(
             [len(piece) for piece in pieces],
-            starts=[cache.lengths[sequence] for sequence in sequences],
+            starts=[len(cache.ids[sequence]) for sequence in sequences],
             experts_LTA=torch.empty(
                 config.num_hidden_layers,
                 len(tokens_T),
@@ -187,32 +122,39 @@ class Engine:
             device=self.device,
         )
         cache.begin(sequences)
-        with self._attending(cache):
+        with self.attending(cache):
             x_TD = self.model(tokens_T, spans)
-        cache.advance(spans)
+        cache.advance(pieces)
         last = spans.document_starts[1:].long() - 1
         assert spans.experts_LTA is not None
         return self.model.logits(x_TD[last]).cpu(), spans.experts_LTA[-1, last, 0].cpu()
 
 
-class _Answer:
-    """One prompt's growing answer: tokens, certain text, and whether it has ended."""
+class Answer:
+    """One prompt's growing answer: tokens, certain text, and whether it has ended.
+
+    It ends at one of `end_ids`, by default EOS. With `continues` its text is what comes after the prompt's, a space at
+    its beginning included; without, it is a text of its own.
+    """
 
     def __init__(
         self,
         index: int,
         prompt: str,
-        ids: list[int],
+        ids: Sequence[int],
         tokenizer: Tokenizer,
         sampling: Sampling,
-        generator: torch.Generator,
+        *,
+        end_ids: Sequence[int] = (),
+        continues: bool = True,
     ) -> None:
         self.index, self.prompt, self.ids = index, prompt, list(ids)
         self.num_prompt_tokens = len(ids)
         self.finish_reason = ""
-        self._tokenizer, self._sampling, self._generator = tokenizer, sampling, generator
+        self._end_ids = {tokenizer.eos_token_id, *end_ids}
+        self._sampling, self._generator = sampling, torch.Generator().manual_seed(sampling.seed)
         self._stream = tokenizer.stream()
-        for token in ids:  # whether the answer begins with a space depends on what stands before it
+        for token in ids if continues else ():  # whether it begins with a space depends on what stands before it
             self._stream.push(token)
         self._text = ""
         self._shown = 0
@@ -221,7 +163,7 @@ class _Answer:
     def add(self, logits_V: Tensor, expert: int) -> str:
         """Choose the next token from its logits; return the text that is now certain and was not before."""
         token = next_token(logits_V, torch.tensor(self.ids), self._sampling, self._generator)
-        if token == self._tokenizer.eos_token_id:
+        if token in self._end_ids:
             self.finish_reason = "eos"
         else:
             self.ids.append(token)
@@ -251,5 +193,6 @@ class _Answer:
         return new
 
     def completion(self) -> Completion:
+        """Return what there is of it so far."""
         ids = tuple(self.ids[self.num_prompt_tokens :])
         return Completion(self.prompt, self._text, ids, self.finish_reason, tuple(self._experts))

@@ -11,20 +11,57 @@ import typer
 from ostro.verbs.options import AdapterOption, Dtype, Model, TokenizerOption
 
 if TYPE_CHECKING:
+    from ostro.data.tokenizer import Tokenizer
+    from ostro.model.mixtral import Mixtral
     from ostro.serve.engine import Completion, Engine
     from ostro.serve.sampling import Sampling
 
 
 def evaluate(
     model: Model,
-    data: Annotated[list[str], typer.Argument(help="Prepared data, or text.")],
+    data: Annotated[list[str] | None, typer.Argument(help="Prepared data, or text.")] = None,
     seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
     kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
+    tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks instead of data: hellaswag,arc_easy")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(help="A folder with task files (YAML) of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question; the task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts at once; 0 by their tokens.")] = 0,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as in a chat.")] = False,
+    template: Annotated[str, typer.Option(help="Which: auto, mistral-v1, mistral-v3, vicuna, tokenizer.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the tasks' results here as well.")] = None,
     tokenizer: TokenizerOption = None,
     dtype: Dtype = "auto",
     adapter: AdapterOption = None,
 ) -> None:
-    """Print loss, perplexity, bits per byte and expert load."""
+    """Print loss, perplexity, bits per byte and expert load; or what lm-eval's tasks say."""
+    from ostro.errors import ConfigError
+    from ostro.serve.engine import Engine
+    from ostro.serve.load import load_model, tokenizer_of
+
+    if bool(data) == bool(tasks):
+        raise ConfigError("name data to score or --tasks: ostro evaluate MODEL FILE, or MODEL --tasks hellaswag.")
+    words = tokenizer_of(model, tokenizer)
+    if data:
+        _evaluate_data(load_model(model, dtype, adapter=adapter), words, data, seq_length, kind)
+        return
+    from ostro.serve.chat import template_for
+    from ostro.serve.harness import Harness, run, table
+
+    render = template_for(model, template, words)[1] if apply_chat_template else None
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    engine = Engine(load_model(model, dtype, adapter=adapter), words)
+    results = run(Harness(engine, render, batch_size), names, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot)
+    if json_file is not None:
+        import json
+
+        from ostro import log
+
+        log.write_text(json_file, json.dumps(results, indent=1, default=str) + "\n")
+    typer.echo(table(results))
+
+
+def _evaluate_data(loaded: Mixtral, words: Tokenizer, data: list[str], seq_length: int, kind: str) -> None:
     import tempfile
 
     from ostro.data import shards
@@ -33,10 +70,7 @@ def evaluate(
     from ostro.dataset import check_data
     from ostro.errors import ConfigError
     from ostro.evaluate import evaluate as run_evaluate
-    from ostro.serve.engine import load_model, tokenizer_of
 
-    loaded = load_model(model, dtype, adapter=adapter)
-    words = tokenizer_of(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         raw = [path for path in data if not shards.is_prepared(path)]
         folders = [Path(path) for path in data if shards.is_prepared(path)]
@@ -78,7 +112,7 @@ def routing(
     from ostro import log
     from ostro.report import routing as analysis
     from ostro.report.routing_page import console_tables, draw_routing, write_routing_page
-    from ostro.serve.engine import load_model, tokenizer_of
+    from ostro.serve.load import load_model, tokenizer_of
 
     _require_folder(out)
     loaded = load_model(model, dtype)
@@ -131,7 +165,8 @@ def generate(
 ) -> None:
     """Complete prompts; one alone is streamed."""
     from ostro.errors import RequestError
-    from ostro.serve.engine import Engine, load_model, tokenizer_of
+    from ostro.serve.engine import Engine
+    from ostro.serve.load import load_model, tokenizer_of
     from ostro.serve.sampling import Sampling
 
     texts = list(prompts or []) + (_read_prompts(prompts_file) if prompts_file else [])
@@ -145,6 +180,39 @@ def generate(
         _stream(engine, texts[0], sampling)
         return
     _write_completions(engine.generate(texts, sampling), out)
+
+
+def chat(
+    model: Model,
+    adapter: AdapterOption = None,
+    system: Annotated[str, typer.Option(help="A system prompt.")] = "",
+    template: Annotated[str, typer.Option(help="auto, mistral-v1, mistral-v3, vicuna or tokenizer.")] = "auto",
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with a turn a line.")] = None,
+    max_new_tokens: int = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int, typer.Option(help="What sampling starts from.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer at this text; may be given again.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model: on a terminal, or a line a turn on stdin."""
+    from ostro.serve.chat import Dialogue, converse, template_for
+    from ostro.serve.engine import Engine
+    from ostro.serve.load import load_model, tokenizer_of
+    from ostro.serve.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    prompts = None if prompts_file is None else _read_prompts(prompts_file)
+    words = tokenizer_of(model, tokenizer)
+    name, render, note = template_for(adapter or model, template, words)
+    engine = Engine(load_model(model, dtype, adapter=adapter), words)
+    positions = engine.model.config.max_position_embeddings
+    title = f"{model}, template {name}, {positions:,} positions"
+    converse(Dialogue(engine, render, sampling, system), title, note, prompts)
 
 
 def _stream(engine: Engine, prompt: str, sampling: Sampling) -> None:

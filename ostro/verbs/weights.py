@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -113,7 +114,11 @@ def download(
     from ostro.weights.download import download as run_download
 
     folder = run_download(repo, directory, revision=revision, include=include or (), exclude=exclude or ())
-    typer.echo(f"{folder} is whole and its checksums are right; next: ostro generate {folder} PROMPT")
+    name = shlex.quote(str(folder))
+    typer.echo(f"{folder} is whole and its checksums are right; next:")
+    if not (folder / "adapter_config.json").is_file():
+        typer.echo(f"  ostro chat {name}")
+        typer.echo(f"  ostro train RECIPE model={name} weights.path={name} data.path=chat.jsonl   # ostro recipes ls")
 
 
 def verify(

@@ -20,6 +20,7 @@ from ostro.weights import dcp, gguf, hf, lora_run, mindspore, mistral
 from ostro.weights.adapters import Adapter
 from ostro.weights.certify import certify, evict
 from ostro.weights.hf_config import tokenizer_folder
+from ostro.weights.located import located
 from ostro.weights.merged import Merged, report
 from ostro.weights.store import (
     NO_HINTS,
@@ -57,6 +58,7 @@ __all__ = [
     "detect",
     "digest",
     "load_into",
+    "located",
     "open_reader",
     "prove",
     "tokenizer_folder",
@@ -112,7 +114,7 @@ FORMATS = {
 
 def detect(path: str | Path) -> str:
     """Return the name of the format a path holds; WeightsError if there is nothing or nothing known."""
-    path = Path(os.path.abspath(path))
+    path = located(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist: give a checkpoint or a run directory.")
     for name, format in FORMATS.items():
@@ -127,7 +129,7 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
 
     With `check` every tensor the model needs must be there, with its shape, and nothing else.
     """
-    path = Path(os.path.abspath(path))  # what lies around it matters: rank folders, strategies
+    path = located(path)  # absolute, since what lies around it matters: rank folders, strategies
     try:
         format = FORMATS[hints.format or detect(path)]
         for field in dataclasses.fields(hints):

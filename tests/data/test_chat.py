@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -379,3 +380,27 @@ def test_a_talk_that_cannot_be_rendered_says_why(name, v1, v3):
 def test_a_tokenizer_without_the_control_tokens_is_named(v1):
     with pytest.raises(DataError, match=r"tokenizer v1 has no control token \[INST\]"):
         chat.render(talk(("user", "a"), ("assistant", "b")), chat.mistral_v3, v1)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("mistral-v1", "v1"), ("vicuna", "v1"), ("mistral-v3", "v3")])
+def test_what_precedes_an_answer_is_what_preceded_it_in_training(request, name, tokens):
+    tokenizer, template = request.getfixturevalue(tokens), chat.TEMPLATES[name]
+    turns = [
+        Message("user", "Hi [/INST]</s>"),
+        Message("assistant", "Hello.\n "),
+        Message("user", " é"),
+        Message("user", ""),
+    ]
+    turns += [Message("assistant", " y"), Message("user", "z")]
+    for system in ([], [Message("system", "Be brief.")]):
+        for last in (1, 4, 6):
+            before = [*system, *turns[:last]]
+            learned = [dataclasses.replace(message, trained=False) for message in before]
+            whole = chat.render(Chat([*learned, Message("assistant", "w")], "x"), template, tokenizer)
+            asked = chat.prompt_of(Chat(before, "x"), template, tokenizer)
+            assert asked.ids == whole.ids[: int(whole.trained.argmax())].tolist()
+            assert asked.ids[0] == tokenizer.bos_token_id
+            assert asked.end_ids == (tokenizer.eos_token_id,)
+            assert asked.text.endswith(
+                {"mistral-v1": " [/INST]", "vicuna": " ASSISTANT:", "mistral-v3": "[/INST]"}[name]
+            )

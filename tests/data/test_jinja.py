@@ -236,3 +236,29 @@ def test_fingerprints_differ_and_hold(v1, v3):
     found = [chat.fingerprint(template, tokenizer) for template, tokenizer in kinds]
     assert len(set(found)) == len(found)
     assert found == [chat.fingerprint(template, tokenizer) for template, tokenizer in kinds]
+
+
+@pytest.fixture(scope="module")
+def with_ends(tmp_path_factory: pytest.TempPathFactory, v1: Tokenizer) -> Tokenizer:
+    return with_tokens(v1, tmp_path_factory.mktemp("tokens") / "with", ("<|im_start|>", "<|im_end|>"))
+
+
+@given(said=st.lists(content.filter(str.strip), min_size=2, max_size=6))
+@settings(max_examples=20)
+def test_what_precedes_an_answer_is_what_preceded_it_in_training(
+    v1: Tokenizer, with_ends: Tokenizer, said: list[str]
+) -> None:
+    *before, (_, text) = zip(("user", "assistant") * 3, said[: len(said) // 2 * 2], strict=False)
+    turns = [Message(role, text, trained=False) for role, text in before]  # type: ignore[arg-type]
+    for source, tokenizer, end in ((CHATML, with_ends, "<|im_end|>"), (MIXTRAL, v1, "</s>"), (TAGGED, v1, "</s>")):
+        template = JinjaTemplate(source)
+        asked = chat.prompt_of(talk(*turns), template, tokenizer)
+        try:
+            whole = chat.render(talk(*turns, Message("assistant", text)), template, tokenizer)
+        except DataError:  # an answer that cannot be told from the rendered text is refused in training too
+            continue
+        learned = whole.ids[: int(whole.trained.argmax())].tolist()
+        assert learned[: len(asked.ids)] == asked.ids
+        # The space between the two is the answer's, unless an answer has no token that begins with one, as digits have.
+        assert tokenizer.decode([1, *learned[len(asked.ids) :]]) in ("", "\n")
+        assert tokenizer._bpe.id_to_token(asked.end_ids[0]) == end

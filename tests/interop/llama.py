@@ -28,7 +28,8 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.model.mixtral import Mixtral
 from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
-from ostro.serve.engine import Engine, load_model
+from ostro.serve.engine import Engine
+from ostro.serve.load import load_model
 from ostro.serve.sampling import Sampling
 from ostro.weights import ModuleReader, RandomReader, Reader, load_into
 from ostro.weights.gguf import open_reader, write

@@ -31,7 +31,7 @@ from ostro.errors import DataError, LayoutError, TrainError
 from ostro.evaluate import evaluate
 from ostro.log import read_metrics
 from ostro.parallel.apply import local
-from ostro.serve.engine import load_model
+from ostro.serve.load import load_model
 from ostro.train import set_up, train, train_step
 from ostro.weights import convert, dcp, open_reader, saver
 from ostro.weights.store import compare, digest

@@ -14,7 +14,8 @@ from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, RequestError, WeightsError
 from ostro.model.settings import ModelConfig
 from ostro.model.spans import spans_of
-from ostro.serve.engine import Engine, load_model, tokenizer_of
+from ostro.serve.engine import Engine
+from ostro.serve.load import load_model, tokenizer_of
 from ostro.serve.sampling import Sampling
 from ostro.weights.store import RandomReader
 
