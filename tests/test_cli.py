@@ -53,7 +53,18 @@ def test_help_is_fast_and_names_every_verb() -> None:
         times.append(os.times().children_user + os.times().children_system - start[1])
     # Processor time, so that a busy machine does not fail it; benchmarks/ holds the wall clock to 0.3 s.
     assert min(times) < 0.45
-    for verb in ("demo", "doctor", "recipes", "prepare", "train", "evaluate", "convert", "verify", "generate"):
+    for verb in (
+        "demo",
+        "doctor",
+        "recipes",
+        "prepare",
+        "train",
+        "evaluate",
+        "convert",
+        "merge-lora",
+        "verify",
+        "generate",
+    ):
         assert f" {verb} " in done.stdout
 
 
