@@ -53,7 +53,9 @@ def test_help_is_fast_and_names_every_verb() -> None:
         times.append(os.times().children_user + os.times().children_system - start[1])
     # Processor time, so that a busy machine does not fail it; benchmarks/ holds the wall clock to 0.3 s.
     assert min(times) < 0.45
-    verbs = "demo doctor recipes prepare train evaluate report routing convert verify generate"
+    verbs = (
+        "demo doctor recipes migrate prepare train plan evaluate report routing convert merge-lora verify generate chat"
+    )
     for verb in verbs.split():
         assert f" {verb} " in done.stdout
 

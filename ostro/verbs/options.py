@@ -10,7 +10,7 @@ Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or a run
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="v1, v3, a .model, a tokenizer.json, or a folder.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, or nf4: 4 bits.")]
 AdapterOption = Annotated[
     str | None, typer.Option("--adapter", help="A folder of PEFT's, or a run directory: merged into the model.")
 ]

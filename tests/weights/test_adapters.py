@@ -22,7 +22,8 @@ from ostro.weights import convert, open_reader
 from ostro.weights.adapters import Adapter, open_adapter, read_peft, write_peft
 from ostro.weights.merged import Merged
 
-pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")  # what they tell each other
+# What they tell each other.
+pytestmark = pytest.mark.filterwarnings("ignore:::(transformers|peft)")
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
