@@ -30,9 +30,9 @@ from ostro.data.loader import Row
 from ostro.errors import LayoutError
 from ostro.machine import usable_cores
 from ostro.model import ops, routing
-from ostro.optim import Optimizer, build_optimizer
+from ostro.optim import build_optimizer
 from ostro.parallel import memory
-from ostro.parallel.apply import World, mesh_of, parallelize
+from ostro.parallel.apply import mesh_of, parallelize
 from ostro.parallel.counting import CATEGORIES, Category, Footprint, Sent, Traffic
 from ostro.parallel.mesh import Mesh
 from ostro.step import add_gradients, update
@@ -97,7 +97,6 @@ def dry_run(config: Config, rank: int, *, as_accelerator: bool = True) -> DryRun
 def _one_step(config: Config, mesh: Mesh, dtype: torch.dtype, start: float) -> DryRun:
     world = parallelize(config.model_copy(update={"train": _uncompiled(config)}), mesh, dtype)
     optimizer = build_optimizer(world.parameters(), config.model, config.optim, places=world.places())
-    _meet_shapes(world, optimizer)
     with Footprint(world, optimizer) as memory, Traffic(mesh) as traffic:
         held = dict(memory.live)
         num_stats = routing.num_stats(config.model.num_local_experts)
@@ -118,16 +117,6 @@ def _one_step(config: Config, mesh: Mesh, dtype: torch.dtype, start: float) -> D
         sent=tuple(traffic.sent()),
         seconds=time.perf_counter() - start,
     )
-
-
-def _meet_shapes(world: World, optimizer: Optimizer) -> None:
-    """Take a step that is not counted: at its first, DTensor makes whole tensors to find out shapes, fake ones always.
-
-    In a dry run they would be among those that stand for real ones.
-    """
-    for p in world.parameters().values():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    update(world, optimizer, 1.0)
 
 
 def _uncompiled(config: Config) -> Any:

@@ -12,15 +12,15 @@ import torch
 from parallel.parity import SETTINGS, Rows
 from worlds import run_in_world
 
-from ostro import spikes, step, train
+from ostro import resume, spikes, step, train
 from ostro.config import Config, load_config
 from ostro.data.prepare import prepare
 from ostro.data.shards import open_shards
 from ostro.data.tokenizer import load_tokenizer
-from ostro.errors import ConfigError, TrainError
+from ostro.errors import ConfigError, LayoutError, TrainError
 from ostro.evaluate import evaluate as real_evaluate
 from ostro.log import read_metrics
-from ostro.optim import build_optimizer
+from ostro.optim import Place, build_optimizer
 from ostro.optim.loss_scale import LossScale
 from ostro.parallel.apply import local, mesh_of, parallelize
 from ostro.sections import Optim, Train
@@ -127,7 +127,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(data: Path, run_dir: Path, **more: Any) -> Config:
+def words(data: Path, run_dir: Path, **more: Any) -> list[str]:
     fields = {
         "model.hidden_size": 32,
         "model.intermediate_size": 16,
@@ -143,7 +143,11 @@ def config(data: Path, run_dir: Path, **more: Any) -> Config:
         "run.dir": run_dir,
         **more,
     }
-    return load_config("tiny", [f"{key}={value}" for key, value in fields.items()])
+    return [f"{key}={value}" for key, value in fields.items()]
+
+
+def config(data: Path, run_dir: Path, **more: Any) -> Config:
+    return load_config("tiny", words(data, run_dir, **more))
 
 
 def evaluated(data: Path, run_dir: Path, **more: Any) -> Config:
@@ -252,24 +256,62 @@ def _sampled(words: list[str]) -> Any:
 
 
 def test_many_ranks_say_what_one_says(data: Path, tmp_path: Path) -> None:
-    words = [
-        f"{key}={value}"
-        for key, value in {
-            "model.hidden_size": 32,
-            "model.intermediate_size": 16,
-            "model.num_hidden_layers": 1,
-            "model.num_local_experts": 2,
-            "data.path": data / "shards",
-            "data.seq_length": 32,
-            "train.dtype": "fp32",
-            "train.steps": 8,
-            "train.micro_batch_sequences": 1,
-        }.items()
-    ]
-    texts, loss = _sampled([*words, f"run.dir={tmp_path / 'one'}"])
+    one, two = (words(data, tmp_path / name, **{"train.micro_batch_sequences": 1}) for name in ("one", "two"))
+    texts, loss = _sampled(one)
     assert all(texts)
-    for many, their_loss in run_in_world(
-        2, _sampled, [*words, f"run.dir={tmp_path / 'two'}", "parallel.fsdp=2", "parallel.ep=2"]
-    ):
+    for many, their_loss in run_in_world(2, _sampled, [*two, *FSDP_EP]):
         assert many == texts
         assert their_loss == pytest.approx(loss, rel=1e-5)
+
+
+FSDP_EP = ("parallel.fsdp=2", "parallel.ep=2")
+FEW_BITS = {
+    "train.master_dtype": "bf16",
+    "optim.state_dtype": "int8",
+    "optim.eps": 1e-4,
+    "train.micro_batch_sequences": 1,
+    "train.steps": 4,
+}
+
+
+def _trained(words: list[str]) -> dict[str, Any]:
+    run = train.set_up(load_config("tiny", words))
+    for _ in range(2):
+        train.train_step(run)
+    state = resume.state_of(run.config, run.data, step=run.step, num_tokens=run.num_tokens, loop=run.remembered())
+    run.saver.save(run.step, run.held(), state)
+    run.saver.finish()
+    return {name: (piece.box.where, piece.tensor.clone()) for name, piece in run.held().items()}
+
+
+def test_bf16_and_8_bits_are_resumed_to_the_bit_by_any_layout(data: Path, tmp_path: Path) -> None:
+    many = run_in_world(2, _trained, [*words(data, tmp_path / "many", **FEW_BITS), *FSDP_EP])
+    resumed = train.set_up(config(data, tmp_path / "many", **FEW_BITS))
+    assert resumed.step == 2
+    alone = resumed.held()
+    kinds = {alone[name].tensor.dtype for name in alone}
+    assert kinds == {torch.float32, torch.bfloat16, torch.uint8}
+    for rank in many:
+        for name, (where, values) in rank.items():
+            assert torch.equal(alone[name].tensor[where], values), name
+    # One process adds up gradients in bf16, FSDP in fp32; but for that they do the same, draws included.
+    straight = train.set_up(config(data, tmp_path / "one", **FEW_BITS))
+    for _ in range(2):
+        train.train_step(straight)
+    differing = [
+        piece.tensor.ne(straight.held()[name].tensor).float().mean().item()
+        for name, piece in alone.items()
+        if piece.tensor.dtype == torch.bfloat16
+    ]
+    assert max(differing) < 0.08
+    losses = [[train.train_step(run).loss for _ in range(2)] for run in (resumed, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][1] != losses[0][0]
+
+
+def test_8_bits_are_refused_where_a_layout_cuts_blocks() -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    parameters = {name: torch.nn.Parameter(torch.zeros(64, 128))}
+    places = {name: Place((0, 128), (64, 384))}
+    with pytest.raises(LayoutError, match=r"keeps blocks of 256 values, and this layout cuts .*o_proj"):
+        build_optimizer(parameters, load_config("tiny").model, Optim(state_dtype="int8"), places=places)

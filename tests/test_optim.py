@@ -135,7 +135,7 @@ def test_a_schedule_may_be_longer_than_the_run() -> None:
 
 
 def test_numbers_of_8_bits_are_those_of_bitsandbytes() -> None:
-    signed, unsigned = eight_bits.values(True), eight_bits.values(False)
+    signed, unsigned = (torch.from_numpy(eight_bits.values(is_signed)) for is_signed in (True, False))
     for table in (signed, unsigned):
         assert len(table) == len(table.unique()) == 256
         assert table[-1] == 1.0

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ostro.model import ops
 
 BLOCK = 256
 _EXPONENTS = 7
@@ -21,21 +24,26 @@ def num_blocks(columns: int) -> int:
     return -(-columns // BLOCK)
 
 
-@functools.cache
-def values(is_signed: bool) -> Tensor:
+def values(is_signed: bool) -> np.ndarray:
     """Return the 256 numbers that codes stand for, ascending, the largest 1: more of them near 0, in seven decades."""
     found = [0.0, 1.0]
     for i in range(_EXPONENTS):
-        bounds = torch.linspace(0.1, 1, 2 ** (i + (not is_signed)) + 1, dtype=torch.float32)
-        means = (10 ** (i + 1 - _EXPONENTS) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+        bounds = np.linspace(0.1, 1, 2 ** (i + (not is_signed)) + 1)
+        means = (10.0 ** (i + 1 - _EXPONENTS) * (bounds[:-1] + bounds[1:]) / 2).tolist()
         found += means + ([-mean for mean in means] if is_signed else [])
-    return torch.tensor(sorted(found), dtype=torch.float32)
+    return np.sort(np.array(found, np.float32))
 
 
-@functools.cache
 def _tables(is_signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _kept(is_signed, device) if ops.has_values() else _made(is_signed, device)
+
+
+def _made(is_signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     table = values(is_signed)
-    return table.to(device), ((table[1:] + table[:-1]) / 2).to(device)
+    return torch.tensor(table, device=device), torch.tensor((table[1:] + table[:-1]) / 2, device=device)
+
+
+_kept = functools.cache(_made)
 
 
 def quantize(value_RC: Tensor, *, is_signed: bool) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ostro.config import Config
 from ostro.degrees import stage_layers
 from ostro.errors import Error
 from ostro.model import layout
+from ostro.optim import eight_bits
 from ostro.parallel.schedule import SCHEDULES
 
 # By so much an estimate may be too high or too low.
@@ -22,7 +23,7 @@ UNCERTAIN = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on a device: fp32 parameters, their gradients (reduced and not), optimizer, copies, activations.
+    """Bytes on a device: parameters as held, their gradients (reduced and not), optimizer, copies, activations.
 
     gathered are parameters in the dtype of the activations: gathered from their shards, or cast.
     """
@@ -54,11 +55,19 @@ def estimate(config: Config) -> Estimate:
 def _stage(config: Config, pp_rank: int) -> Estimate:
     """Take the fuller of two moments: all activations are kept, or the last of them is done with."""
     sizes = _Sizes(config, pp_rank)
-    own = 4 * sizes.held
+    own = sizes.master_bytes * sizes.large + 4 * (sizes.held - sizes.large)
+    averages = _average_bytes(config) * sizes.large + 8 * (sizes.held - sizes.large)
     kept, working = sizes.activations()
-    full = Estimate(own, sizes.gradients(before_last=True), 2 * own, sizes.gathered(), kept + working)
-    done = Estimate(own, sizes.gradients(before_last=False), 2 * own, sizes.gathered(), working)
+    full = Estimate(own, sizes.gradients(before_last=True), int(averages), sizes.gathered(), kept + working)
+    done = Estimate(own, sizes.gradients(before_last=False), int(averages), sizes.gathered(), working)
     return max(full, done, key=lambda found: found.total)
+
+
+def _average_bytes(config: Config) -> float:
+    """Return the bytes on the device of a large parameter's two averages, a value."""
+    if config.optim.offload:
+        return 0.0
+    return 2 * (1 + 4 / eight_bits.BLOCK) if config.optim.state_dtype == "int8" else 8.0
 
 
 class _Sizes:
@@ -73,11 +82,12 @@ class _Sizes:
         self.layers = {layer for chunk in range(self.chunks) for layer in runs[chunk * self.degrees.pp + pp_rank]}
         self.is_last = pp_rank == self.degrees.pp - 1
         self.dtype_bytes = 4 if config.train.dtype == "fp32" else 2
+        self.master_bytes = 2 if config.train.master_dtype == "bf16" else 4
         rows = config.train.global_batch_sequences // (self.degrees.dp * self.degrees.fsdp)
         self.num_rows = max(1, min(config.train.micro_batch_sequences, rows))
         self.num_micro = -(-max(1, rows) // self.num_rows)
         rank = pp_rank * (self.degrees.num_ranks // self.degrees.pp)
-        self.held = 0  # of all parameters, on this rank
+        self.held = self.large = 0  # of all parameters and of all but norms and routers, on this rank
         self.sharded = self.whole = 0  # large ones, as tp and ep leave them: cut further by fsdp, or not
         self.group = self.root = 0  # of one layer's, sharded; of embedding and head, sharded
         self.layer_experts = 0
@@ -89,6 +99,7 @@ class _Sizes:
             self.held += held
             if p.kind.is_small:
                 continue
+            self.large += held
             self.sharded += part * (held < part)
             self.whole += part * (held == part)
             if p.layer is None:
@@ -114,12 +125,12 @@ class _Sizes:
 
         The last micro-batch's backward pass reduces them, or makes them first where there is one only.
         """
-        shards = self.held - self.whole
+        shards, own = self.held - self.whole, self.master_bytes
         waiting = 4 * self.sharded if self.accumulates else self.dtype_bytes * 2 * self.group
         if before_last:
-            return waiting + 4 * (self.held if not self.accumulates else self.whole) * (self.num_micro > 1)
+            return waiting + own * (self.held if not self.accumulates else self.whole) * (self.num_micro > 1)
         # Reduced one after another, while as much that waited is freed.
-        return max(waiting, 4 * shards) + 4 * self.whole + (0 if self.accumulates else 6 * self.group)
+        return max(waiting, own * shards) + own * self.whole + (0 if self.accumulates else 6 * self.group)
 
     def gathered(self) -> int:
         """Gathered parameters, and casts of whole ones."""
@@ -129,7 +140,8 @@ class _Sizes:
         else:
             in_use = self.root + 2 * together * self.group if self.sharded else 0
         cast = self.whole if self.num_micro > 1 or self.config.train.recompute == "none" else self.layer_experts
-        return self.dtype_bytes * in_use + (self.dtype_bytes * cast if self.dtype_bytes < 4 else 0)
+        is_cast = self.dtype_bytes < self.master_bytes
+        return self.dtype_bytes * in_use + (self.dtype_bytes * cast if is_cast else 0)
 
     def activations(self) -> tuple[int, int]:
         """What is kept for backward passes, and what one layer's or the loss's backward takes beside it."""

@@ -1,0 +1,90 @@
+"""What holding parameters and averages in fewer bits does to the loss: a small Mixtral, trained alike but for that.
+
+    python benchmarks/master_dtype.py TEXT HELD_OUT [--steps 400] [--seeds 2]
+
+Parameters of bf16 without stochastic rounding are in it to show what that is for; no setting chooses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ostro.config import load_config
+from ostro.evaluate import evaluate
+from ostro.optim import rounding
+from ostro.train import set_up, train_step
+
+SETTINGS = [
+    "model.hidden_size=64",
+    "model.intermediate_size=96",
+    "model.num_hidden_layers=2",
+    "data.seq_length=128",
+    "train.global_batch_sequences=8",
+    "train.micro_batch_sequences=8",
+    "train.dtype=fp32",
+    "optim.warmup_ratio=0.04",
+]
+CASES: dict[str, tuple[list[str], float]] = {
+    "fp32 masters": ([], 12),
+    "fp32 masters, 8-bit averages": (["optim.state_dtype=int8"], 6.03),
+    "bf16 stochastic": (["train.master_dtype=bf16"], 10),
+    "bf16 stochastic, 8-bit averages": (["train.master_dtype=bf16", "optim.state_dtype=int8"], 4.03),
+    "bf16 nearest": (["train.master_dtype=bf16"], 10),
+}
+
+
+def trained(case: str, words: list[str], options: argparse.Namespace, seed: int, folder: Path) -> tuple[float, float]:
+    """Return the mean training loss of the last tenth of the steps, and the held-out loss."""
+    rounded = rounding.to_bf16
+    if case == "bf16 nearest":
+        rounding.to_bf16 = lambda value, draws: value.bfloat16()
+    config = load_config(
+        "tiny",
+        [
+            *SETTINGS,
+            *words,
+            *options.more,
+            f"data.path={options.text}",
+            f"data.eval_path={options.held_out}",
+            f"train.steps={options.steps}",
+            f"train.seed={seed}",
+            f"run.dir={folder}",
+        ],
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = set_up(config)
+    losses = [train_step(run).loss for _ in range(options.steps)]
+    held_out = evaluate(run.world, run.eval_shards, config.data.seq_length).loss
+    rounding.to_bf16 = rounded
+    return statistics.mean(losses[-options.steps // 10 :]), held_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("held_out")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("more", nargs="*", help="settings, as optim.learning_rate=1e-3")
+    options = parser.parse_intermixed_args()
+    for case in options.cases:
+        words, num_bytes = CASES[case]
+        found: list[Any] = []
+        for seed in range(options.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(trained(case, words, options, seed, Path(folder) / "run"))
+        means = [statistics.mean(values) for values in zip(*found, strict=True)]
+        row = {"case": case, "bytes": num_bytes, "training": means[0], "held_out": means[1], "each": found}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
