@@ -170,16 +170,23 @@ def converse(dialogue: Dialogue, title: str, note: str = "", prompts: list[str] 
         _note(note)
     if is_terminal:
         _note(f"{title}; /help for commands, Ctrl-D to leave")
+    lines = iter(prompts) if prompts is not None else _piped()
     with _history() if is_terminal else contextlib.nullcontext():
-        for line in prompts if prompts is not None else _typed() if is_terminal else _piped():
-            if not line.strip():
-                continue
-            try:
+        while True:
+            try:  # all of it: Ctrl-C may come at any moment
+                line = _typed() if is_terminal else next(lines, None)
+                if line is None:
+                    return
                 if prompts is None and line.startswith("/"):
                     if not _command(dialogue, line):
                         return
-                else:
+                elif line.strip():
                     _answer(dialogue, line, is_terminal)
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                print()
+                _note("Ctrl-D to leave")
             except Error as error:
                 if not is_terminal:
                     raise
@@ -205,17 +212,13 @@ def _answer(dialogue: Dialogue, question: str, is_terminal: bool) -> None:
         _note("no answer came, so the question is not kept")
 
 
-def _typed() -> Iterator[str]:
-    """Yield what is typed, line by line, until Ctrl-D."""
-    while True:
-        try:
-            yield input("> ")
-        except KeyboardInterrupt:
-            print("\n", end="")
-            _note("Ctrl-D to leave")
-        except EOFError:
-            print()
-            return
+def _typed() -> str | None:
+    """Return the line that is typed, None for Ctrl-D."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
 
 
 def _piped() -> Iterator[str]:
