@@ -23,7 +23,6 @@ from test_readme import blocks_of, line_faults, parse_fault
 from ostro import config
 from ostro.cli import app, main
 from ostro.data import workers
-from ostro.migrate import ARRIVING
 from ostro.model.settings import ModelConfig
 from ostro.weights import RandomReader, convert
 
@@ -59,7 +58,6 @@ LAUNCH = (
     "--rdzv-timeout",
 )
 TEXT = "The robin is a small bird of the woods, and it sings.\n"
-NOT_YET = ("chat", "merge-lora")  # verbs
 RUN_MINDFORMER = (
     "config mode device_id device_target run_mode do_eval train_dataset_dir eval_dataset_dir predict_data "
     "modal_type predict_batch_size adapter_id load_checkpoint src_strategy_path_or_dir auto_trans_ckpt "
@@ -148,14 +146,6 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def without_arriving(recipe: Path) -> None:
-    fields = yaml.safe_load(recipe.read_text("utf-8"))
-    for key in ARRIVING:
-        section, _, last = key.partition(".")
-        fields[section].pop(last, None)
-    recipe.write_text(yaml.safe_dump(fields), "utf-8")
-
-
 def test_every_command_runs(stage: Path, capsys: pytest.CaptureFixture[str]):
     found = commands(PAGES[0])
     assert len(found) > 25
@@ -171,8 +161,6 @@ def test_every_command_runs(stage: Path, capsys: pytest.CaptureFixture[str]):
         done.append(alone)
         status = main(alone)
         assert status == 0, f"{command}\n{capsys.readouterr().err}"
-        if words[0] == "migrate" and len(words) == 3:
-            without_arriving(stage / words[2])
     made = ["wiki512.mindrecord", "mixtral-hf", "target_checkpoint", "gmm2.ckpt", "model_dir/checkpoint", "from_ranks"]
     assert [name for name in made if not (stage / name).exists()] == []
     for name in ("pretrain", "finetune"):
@@ -222,7 +210,7 @@ def every_option(command: object) -> Iterator[str]:
 @pytest.mark.parametrize("name", PAGES)
 def test_what_stands_beside_a_flag_exists(name: str):
     known = {*every_option(typer.main.get_command(app)), "--a.b"}
-    verbs = {*getattr(typer.main.get_command(app), "commands", {}), *NOT_YET}
+    verbs = set(getattr(typer.main.get_command(app), "commands", {}))
     rows = [line.split("|") for line in page(name).splitlines() if line.startswith("| ")]
     beside = [span for row in rows for span in spans(row[2])]
     flags = [span.split()[0] for span in beside if span.startswith("--")]

@@ -28,7 +28,6 @@ _HEADINGS: dict[Kind, str] = {
     "here": "Needs no setting here:",
     "none": "Has no counterpart here:",
 }
-ARRIVING = ("train.dtype", "train.loss_scale", "train.loss_scale_window", "optim.name", "optim.total_steps")
 _COLUMN = 40
 _TASKS = ("train_dataset_task.dataset_config", "eval_dataset_task.dataset_config")
 _SPELLINGS = {"CheckpointMointor": "CheckpointMonitor"}  # r1.1 to r1.3
@@ -161,8 +160,7 @@ def _checked(keys: Mapping[str, tuple[Any, list[str]]]) -> Config:
     """Return the config that the recipe will be; ConfigError, with the setting of the YAML, for what Ostro refuses."""
     fields: dict[str, Any] = {}
     for name, (value, _) in keys.items():
-        if name not in ARRIVING:
-            set_key(fields, name, value)
+        set_key(fields, name, value)
     return build_config(fields, {name: comments[0].partition(":")[0] for name, (_, comments) in keys.items()})
 
 
