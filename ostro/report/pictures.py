@@ -127,6 +127,11 @@ def _over_time(rows: list[Row]) -> np.ndarray:
     )
 
 
+def _span(rows: list[Row]) -> tuple[int, int]:
+    """Return the tokens that a picture begins and ends with: a single step begins with none."""
+    return rows[0]["tokens"] if len(rows) > 1 else 0, rows[-1]["tokens"]
+
+
 def show_load(axes: Any, load_RC: np.ndarray, **more: Any) -> Any:
     """Draw a table of loads: blue is idle, orange busy, white an even share; return the image, for a colour bar."""
     axes.tick_params(length=0)
@@ -146,7 +151,7 @@ def _bands(figure: Any, axes: Any, rows: list[Row]) -> None:
     load_SLE = _over_time(rows)
     _, num_layers, num_experts = load_SLE.shape
     load_RS = load_SLE.reshape(len(load_SLE), -1).T
-    image = show_load(axes, load_RS, extent=(rows[0]["tokens"], rows[-1]["tokens"], len(load_RS), 0))
+    image = show_load(axes, load_RS, extent=(*_span(rows), len(load_RS), 0))
     for layer in range(1, num_layers):
         axes.axhline(layer * num_experts, color="white", linewidth=2)
     axes.set_yticks([(layer + 0.5) * num_experts for layer in range(num_layers)], [str(i) for i in range(num_layers)])
@@ -169,9 +174,7 @@ def _layers(plt: Any, rows: list[Row]) -> Any:
         if layer >= num_layers:
             axes.axis("off")
             continue
-        image = show_load(
-            axes, load_SLE[:, layer].T, extent=(rows[0]["tokens"], rows[-1]["tokens"], load_SLE.shape[2], 0)
-        )
+        image = show_load(axes, load_SLE[:, layer].T, extent=(*_span(rows), load_SLE.shape[2], 0))
         axes.set_title(f"layer {layer}", fontsize=8, fontweight="normal", pad=3)
         for spine in axes.spines.values():
             spine.set_visible(False)
