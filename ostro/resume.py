@@ -16,6 +16,7 @@ from ostro import log
 from ostro.config import Config
 from ostro.data.sources import parse_weight
 from ostro.errors import ConfigError
+from ostro.weights import Start, located
 
 
 def section(name: str) -> str:
@@ -41,6 +42,20 @@ def data_state(config: Config, *, tokenizer_sha256: str, data_sha256: str) -> di
     }
 
 
+def start_of(config: Config) -> Start:
+    """Return what a run starts from; a LoRA run, each time that it goes on."""
+    weights = config.weights
+    return Start(weights.path, config.model, config.train.seed, weights.strategy, weights.upcycle)
+
+
+def _start_fields(config: Config) -> dict[str, Any]:
+    """Return `start_of` as a checkpoint's state holds it, paths absolute."""
+    start = start_of(config)
+    path = start.path and str(located(start.path))
+    strategy = start.strategy and os.path.abspath(start.strategy)
+    return {"path": path, "seed": start.seed, "strategy": strategy, "upcycle": start.upcycle}
+
+
 def state_of(
     config: Config, data: Mapping[str, Any], *, step: int, num_tokens: int, loop: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def state_of(
         "data": data,
         "model": config.model.as_fields(),
         "lora": config.lora and config.lora.model_dump(mode="json"),
-        "base": config.weights.path and os.path.abspath(config.weights.path),
+        "start": _start_fields(config),
         "config": _settings(config),
     }
 

@@ -29,12 +29,11 @@ from ostro.report.run import picture_of_load, refresh_page
 from ostro.serve.load import tokenizer_beside
 from ostro.step import Run, StepStats, train_step
 from ostro.stopping import Evaluations
-from ostro.weights import FORMATS, NO_HINTS, dcp, detect, lora_run, open_reader
+from ostro.weights import dcp, lora_run
 from ostro.weights.parts import load_held
 from ostro.weights.saver import Saved, Saver, every_name
 from ostro.weights.saver import newest as newest_of_all
-from ostro.weights.store import RandomReader, Reader, architecture_difference
-from ostro.weights.upcycle import open_upcycled
+from ostro.weights.store import Reader, architecture_difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +137,10 @@ def _start_or_resume(run: Run) -> None:
 def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
     """Open what training starts from, and refuse weights made for another model or another tokenizer."""
     path = config.weights.path
+    # Where hosts share no disk each has its own part of a checkpoint, and reads no other.
+    reader = resume.start_of(config).open(is_part=config.parallel.degrees().num_ranks > 1)
     if path is None:
-        return RandomReader(config.model, config.train.seed)
-    if config.weights.upcycle:
-        reader = open_upcycled(path, config.model, config.train.seed)
-    else:
-        reader = _opened(config, path)
+        return reader
     differing = architecture_difference(config.model, reader.model)
     if differing is not None:
         name, ours, theirs = differing
@@ -158,18 +155,6 @@ def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
             "set data.tokenizer to the one of the weights and prepare the data with it."
         )
     return reader
-
-
-def _opened(config: Config, path: str) -> Reader:
-    """Open a Mixtral's weights."""
-    # Where hosts share no disk each has its own part of a checkpoint, and reads no other.
-    is_part = config.parallel.degrees().num_ranks > 1 and "partial" in FORMATS[detect(path)].hints
-    hints = dataclasses.replace(NO_HINTS, partial=is_part or None)
-    if config.weights.strategy:
-        hints = dataclasses.replace(hints, strategy=Path(config.weights.strategy))
-    if detect(path).startswith("mindspore"):  # which seldom says its model
-        hints = dataclasses.replace(hints, model=dataclasses.replace(config.model, router="softmax"))
-    return open_reader(path, hints)
 
 
 def _total_steps(config: Config, loader: Loader) -> int:

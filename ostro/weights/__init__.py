@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ostro.errors import ConfigError, WeightsError
+from ostro.model.settings import ModelConfig
 from ostro.weights import dcp, gguf, hf, lora_run, mindspore, mistral
 from ostro.weights.adapters import Adapter
 from ostro.weights.certify import certify, evict
@@ -39,6 +40,7 @@ from ostro.weights.store import (
     load_into,
 )
 from ostro.weights.stored import StoredReader
+from ostro.weights.upcycle import open_upcycled
 
 __all__ = [
     "FORMATS",
@@ -143,6 +145,31 @@ def open_reader(path: str | Path, hints: Hints = NO_HINTS, *, check: bool = True
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error}): check its permissions.") from error
     return reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a training starts from: a checkpoint, a dense one to be upcycled, or (no path) random weights."""
+
+    path: str | None
+    model: ModelConfig
+    seed: int
+    strategy: str | None = None
+    upcycle: bool = False
+
+    def open(self, *, is_part: bool = False) -> Reader:
+        """Open it; with `is_part` a training checkpoint may lack what other hosts' ranks have."""
+        if self.path is None:
+            return RandomReader(self.model, self.seed)
+        if self.upcycle:
+            return open_upcycled(located(self.path), self.model, self.seed)
+        format = detect(self.path)
+        hints = Hints(partial=(is_part and "partial" in FORMATS[format].hints) or None)
+        if self.strategy:
+            hints = dataclasses.replace(hints, strategy=Path(self.strategy))
+        if format.startswith("mindspore"):  # which seldom says its model
+            hints = dataclasses.replace(hints, model=dataclasses.replace(self.model, router="softmax"))
+        return open_reader(self.path, hints)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The checkpoint holds LoRA's tensors alone; its state says where the model itself
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,31 @@ from ostro.weights import dcp
 from ostro.weights.adapters import Adapter, write_peft
 from ostro.weights.dcp_file import open_tensors
 from ostro.weights.merged import Merged
-from ostro.weights.store import NO_HINTS, Hints, RandomReader, Reader, match_shapes
+from ostro.weights.store import NO_HINTS, Hints, Reader, match_shapes
 
 WHAT = "a LoRA run"
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraRun:
-    """A checkpoint of a LoRA run: its folder, what it corrects, and how the model under it can be opened."""
+    """A checkpoint of a LoRA run: its folder, what it corrects, and how the model under it is opened (`Start`)."""
 
     folder: Path
     model: ModelConfig
     adapter: Adapter
-    base_path: str | None
-    seed: int
+    start: Mapping[str, Any]
 
     def base(self) -> Reader:
         """Open the model that the run started from; WeightsError if it is gone."""
-        if self.base_path is None:
-            return RandomReader(self.model, self.seed)
-        from ostro.weights import open_reader as open_any  # which opens this format, too
+        from ostro.weights import Start  # which opens this format, too
 
-        if not Path(self.base_path).exists():
+        path = self.start["path"]
+        if path is not None and not Path(path).exists():
             raise WeightsError(
-                f"{self.folder} corrects the model at {self.base_path}, which is not there: bring it back, or merge "
-                "the run's folder adapter into another copy (ostro merge-lora BASE ADAPTER OUT)."
+                f"{self.folder} corrects the model at {path}, which is not there: bring it back, or merge the run's "
+                "folder adapter into another copy (ostro merge-lora BASE ADAPTER OUT)."
             )
-        return open_any(self.base_path, Hints(model=self.model) if _tells_little(self.base_path) else NO_HINTS)
-
-
-def _tells_little(path: str) -> bool:
-    from ostro.weights import detect as detect_any
-
-    return detect_any(path).startswith("mindspore")
+        return Start(model=self.model, **self.start).open()
 
 
 def detect(path: Path) -> bool:
@@ -66,14 +59,14 @@ def open_run(path: Path, step: int | None = None) -> LoraRun:
     try:
         model = ModelConfig.from_fields(state["model"])
         lora = LoraConfig(**{**state["lora"], "targets": tuple(state["lora"]["targets"])})
-        seed = int(state["config"]["train"]["seed"])
+        start = {key: state["start"][key] for key in ("path", "seed", "strategy", "upcycle")}
     except (ConfigError, TypeError, KeyError) as error:
         raise WeightsError(f"{folder / dcp.STATE} does not say what LoRA it is of ({error}): {dcp.DAMAGED}.") from error
     file = open_tensors(folder, dcp.WEIGHTS_PREFIX)
     wanted = {name: parameter.shape for name, parameter in layout.adapter_table(model, lora).items()}
     match_shapes(str(folder), {name: info.shape for name, info in file.infos.items()}, wanted)
     adapter = Adapter(lora, {name: file.tensor(name) for name in wanted})
-    return LoraRun(folder, model, adapter, state.get("base"), seed)
+    return LoraRun(folder, model, adapter, start)
 
 
 def open_reader(path: Path, hints: Hints = NO_HINTS) -> Reader:
@@ -85,4 +78,4 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> Reader:
 def export(path: Path, target: Path) -> None:
     """Write the newest checkpoint of a LoRA run as a folder of PEFT's, in the place of an earlier one."""
     run = open_run(path)
-    write_peft(target, run.adapter, run.model, run.base_path or "", replace=True)
+    write_peft(target, run.adapter, run.model, run.start["path"] or "", replace=True)
