@@ -3,8 +3,8 @@
     python benchmarks/master_dtype.py            # 400 steps, two seeds
     python benchmarks/master_dtype.py --quick    # 60 steps, one seed
 
-It trains on modules of the standard library and scores another. Parameters of bf16 without stochastic rounding are in it
-to show what that is for; no setting chooses it.
+It trains on modules of the standard library and scores another. Parameters of bf16 without stochastic rounding are in
+it to show what that is for; no setting chooses it.
 """
 
 from __future__ import annotations
