@@ -54,7 +54,7 @@ faults: $(READY) ## kill ranks of real trainings and compare what comes out, the
 bench: $(READY) ## every benchmark that needs no GPU (BENCH_FLAGS= for the long runs)
 	@for file in $(BENCHMARKS); do echo "$$file"; $(BIN)/python $$file $(BENCH_FLAGS) || exit 1; done
 
-interop: $(READY) ## MindSpore, llama.cpp and bitsandbytes beside Ostro: what one writes the other reads (4 GB of packages, minutes)
+interop: $(READY) ## MindSpore, llama.cpp, bitsandbytes, lm-eval and Chromium beside Ostro, each against ours (4 GB of packages, minutes)
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install -q 'mindspore==2.10.0' 'numpy==1.26.4'
 	@test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
@@ -65,6 +65,10 @@ interop: $(READY) ## MindSpore, llama.cpp and bitsandbytes beside Ostro: what on
 	.venv-bnb/bin/python -m pip install -q torch==2.13.0
 	.venv-bnb/bin/python -m pip install -q 'bitsandbytes==0.50.0' safetensors
 	.venv-bnb/bin/python tests/interop/nf4.py
+	@test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install -q -c constraints.txt torch==2.13.0 hatchling editables
+	.venv-lm-eval/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[eval]' transformers
+	.venv-lm-eval/bin/python tests/interop/lm_eval_side.py
 	$(BIN)/python tests/interop/browser.py
 
 clean: ## remove caches and build outputs; .venv and runs stay

@@ -118,7 +118,7 @@ def download(
     typer.echo(f"{folder} is whole and its checksums are right; next:")
     if not (folder / "adapter_config.json").is_file():
         typer.echo(f"  ostro chat {name}")
-        typer.echo(f"  ostro train RECIPE model={name} weights.path={name} data.path=chat.jsonl   # ostro recipes ls")
+        typer.echo(f"  ostro train mixtral-8x7b/qlora weights.path={name} data.path=chat.jsonl   # ostro recipes ls")
 
 
 def verify(
