@@ -18,7 +18,7 @@ from ostro.inspection import described, hints_of
 from ostro.log import size
 from ostro.model.settings import ModelConfig
 from ostro.serve.load import tokenizer_beside, torch_dtype
-from ostro.weights import Reader
+from ostro.weights import Reader, lora_run
 from ostro.weights.adapters import Adapter, open_adapter
 from ostro.weights.joined import join
 from ostro.weights.mindspore_layout import MindSporeDegrees
@@ -86,13 +86,12 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
     to = asked.to or _FILES.get(asked.target.suffix, ("hf",))[0]
     _require_fitting(asked, to)
     hints = hints_of(asked.format, asked.model, asked.strategy, asked.step)
-    reader = _upcycled(asked.source, hints) if asked.upcycle else weights.open_reader(asked.source, hints)
+    reader, adapter = _opened(asked, hints)
     say(f"{asked.source}: {described(reader)}")
     for note in reader.notes:
         say(f"  {note}")
-    adapter = None if asked.adapter is None else open_adapter(asked.adapter, reader.model)
     if adapter is not None:
-        say(f"{asked.adapter}: {_lora_words(adapter)}")
+        say(f"{asked.adapter or asked.source}: {_lora_words(adapter)}")
     words, told = _tokenizer(asked, reader.model)
     for stale in asked.target.parent.glob(f"{asked.target.name}.partial-*"):
         say(f"  {stale} is left of a conversion that was killed: remove it")
@@ -117,6 +116,20 @@ def convert(asked: Request, say: Callable[[str], None]) -> None:
     if made.sha256:
         say(f"  read back and compared: every bit is as meant, sha256 of all tensors {made.sha256}")
     return None
+
+
+def _opened(asked: Request, hints: weights.Hints) -> tuple[Reader, Adapter | None]:
+    """Open the source and what is merged into it: of a LoRA run, its model and what it has trained."""
+    path = weights.located(asked.source)
+    if not asked.format and path.exists() and lora_run.detect(path):
+        if asked.adapter is not None:
+            raise ConfigError(
+                f"{asked.source} is a LoRA run, with an adapter of its own: give the model that it started from."
+            )
+        run = lora_run.open_run(path, asked.step)
+        return run.base(), run.adapter
+    reader = _upcycled(asked.source, hints) if asked.upcycle else weights.open_reader(asked.source, hints)
+    return reader, None if asked.adapter is None else open_adapter(asked.adapter, reader.model)
 
 
 def _lora_words(adapter: Adapter) -> str:

@@ -63,10 +63,10 @@ def cut_rows(path: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # texts may hold other line ends
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line else []
         except ValueError:
             if number < len(lines):
                 raise DataError(f"{path} line {number} is not JSON: the file was edited or damaged.") from None
@@ -96,15 +96,22 @@ class Metrics:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        for tracker in self._trackers:
-            tracker.write(row)
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(row)
+            except Exception as error:  # a service that is away costs its curves, not the run
+                self._trackers.remove(tracker)
+                say(f"a tracker failed and is left out from here on: {error}", style="yellow")
 
     def close(self, picture: Path | None = None) -> None:
         """Flush and close everything; `picture` is a PNG of the experts' load, for who keeps pictures."""
         if self._file is not None:
             self._file.close()
         for tracker in self._trackers:
-            tracker.close(picture)
+            try:
+                tracker.close(picture)
+            except Exception as error:
+                say(f"a tracker could not be closed: {error}", style="yellow")
 
 
 class Progress:

@@ -16,7 +16,7 @@ from ostro import log
 from ostro.config import Config
 from ostro.data.sources import parse_weight
 from ostro.errors import ConfigError
-from ostro.weights import Start, located
+from ostro.weights import Start, dcp, located
 
 
 def section(name: str) -> str:
@@ -28,6 +28,7 @@ def data_state(config: Config, *, tokenizer_sha256: str, data_sha256: str) -> di
     """Return what decides which tokens a step sees: its position is the step, since order is a pure function of
     (seed, step) over these tokens, cut like this."""
     return {
+        **({} if config.lora is None else {"weights": _start_fields(config)}),
         "data.tokenizer (sha256)": tokenizer_sha256,
         "data.seq_length": config.data.seq_length,
         "data.path (sha256)": data_sha256,
@@ -49,11 +50,13 @@ def start_of(config: Config) -> Start:
 
 
 def _start_fields(config: Config) -> dict[str, Any]:
-    """Return `start_of` as a checkpoint's state holds it, paths absolute."""
+    """Return `start_of` as a LoRA run's checkpoints keep it: paths absolute, of another run its newest step."""
     start = start_of(config)
-    path = start.path and str(located(start.path))
+    path = start.path and located(start.path)
+    if isinstance(path, Path) and dcp.detect(path):  # that run may go on, and this one's base with it
+        path = dcp.find(path) or path
     strategy = start.strategy and os.path.abspath(start.strategy)
-    return {"path": path, "seed": start.seed, "strategy": strategy, "upcycle": start.upcycle}
+    return {"path": path and str(path), "seed": start.seed, "strategy": strategy, "upcycle": start.upcycle}
 
 
 def state_of(
@@ -68,7 +71,6 @@ def state_of(
         "data": data,
         "model": config.model.as_fields(),
         "lora": config.lora and config.lora.model_dump(mode="json"),
-        "start": _start_fields(config),
         "config": _settings(config),
     }
 

@@ -74,7 +74,7 @@ class Train(Section):
     same bits as these oracles give. `dtype` is that of the activations; fp16 multiplies the loss by a number that
     starts at `loss_scale`, halves when a gradient overflows, which skips the update, and doubles after
     `loss_scale_window` updates without. `master_dtype` is what the parameters are held in: bf16 rounds updates
-    stochastically, and leaves norms and routers in fp32.
+    stochastically, and leaves norms and routers in fp32; a rank that shares no gradients adds them up in bf16 as well.
 
     After `early_stop` evaluations (every `eval_every` steps) without a better one the run ends; 0 never does. Each of
     them completes the prompts of the file `samples`, one a line, by `sample_tokens`. `skip_spikes` updates nothing

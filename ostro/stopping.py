@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +15,8 @@ class Evaluations:
     since_best: int = 0
 
     def after(self, loss: float, step: int) -> Evaluations:
-        """Return what another evaluation makes of it; an equal loss is no better one."""
-        if self.best_loss is None or loss < self.best_loss:
+        """Return what another evaluation makes of it; an equal loss, or one that is not a number, is no better one."""
+        if loss < (math.inf if self.best_loss is None else self.best_loss):
             return Evaluations(loss, step)
         return dataclasses.replace(self, since_best=self.since_best + 1)
 

@@ -160,7 +160,9 @@ def _project(variable: str) -> str:
 def _remembered(place: Place, name: str) -> Iterator[dict[str, str]]:
     """Give what a tracker noted of this run when it began, to be added to; it is kept in trackers.json."""
     file = place.run_dir / "trackers.json"
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    noted = {}
+    with contextlib.suppress(OSError, ValueError):  # a damaged one costs the thread to an earlier start, not the run
+        noted = json.loads(file.read_text(encoding="utf-8"))
     known = noted.setdefault(name, {})
     yield known
     file.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")

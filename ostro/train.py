@@ -1,4 +1,4 @@
-"""The one training loop: pretraining and fine-tuning differ by data and start weights only."""
+"""The one training loop: pretraining and fine-tuning differ by data, start weights and LoRA only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ostro.data import shards as token_shards
 from ostro.data.loader import Loader
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.dataset import open_data, open_loader, settled
-from ostro.errors import ConfigError, DataError, TrainError, WeightsError
+from ostro.errors import ConfigError, DataError, Error, TrainError
 from ostro.evaluate import evaluate, expert_load
 from ostro.interrupts import Signals
 from ostro.machine import keep_freed_memory
@@ -71,10 +71,13 @@ def train(config: Config) -> Outcome:
 
 
 def _write_adapter(run: Run) -> None:
-    """Leave what LoRA trained in PEFT's format, too; where hosts share no disk no one of them has all of it."""
+    """Leave what LoRA trained, or the best of it if that is kept, in PEFT's format, too.
+
+    Where hosts share no disk no one of them has all of it.
+    """
     try:
-        lora_run.export(run.run_dir, run.run_dir / "adapter")
-    except WeightsError as error:
+        lora_run.export(dcp.best(run.checkpoints) or run.run_dir, run.run_dir / "adapter")
+    except (Error, OSError) as error:
         log.say(f"{error} {run.run_dir / 'adapter'} is not written.", style="yellow")
 
 
@@ -125,13 +128,14 @@ def _start_or_resume(run: Run) -> None:
         raise ConfigError(f"{run_dir} already holds {newest.name} and checkpoint.resume=never: choose another run.dir.")
     if newest is None and config.checkpoint.resume == "must":
         raise ConfigError(f"{run_dir} holds no whole checkpoint to resume from: check run.dir.")
-    if newest is None or config.lora is not None:  # whose checkpoints hold the adapter alone
-        reader = _start_weights(config, run.tokenizer)
-        run.world.load(reader)
-        if newest is None:
-            run.world.load_fresh_adapter(reader, config.train.seed)
     if newest is not None:
         _resume(run, newest)
+        return
+    if config.lora is not None and config.weights.path is None:
+        log.say("weights.path is null, so lora corrects random weights: name the model it is for", style="yellow")
+    reader = _start_weights(config, run.tokenizer)
+    run.world.load(reader)
+    run.world.load_fresh_adapter(reader, config.train.seed)
 
 
 def _start_weights(config: Config, tokenizer: Tokenizer) -> Reader:
@@ -314,6 +318,8 @@ def _require_saved(run: Run) -> None:
 def _resume(run: Run, folder: Path) -> None:
     """Restore step, weights, optimizer and RNG, or say what no longer agrees with the checkpoint."""
     resume.require_same(folder, dcp.read_state(folder), run.config, run.data)
+    if run.config.lora is not None:  # whose checkpoints hold the adapter alone
+        run.world.load(_start_weights(run.config, run.tokenizer))
     held = run.held()
     state = load_held(folder, held, every_name(held, run.saver.group))
     resume.restore_rng(state)

@@ -239,7 +239,10 @@ def select_recompute(leaf: Leaf, given: Given) -> Fate:
 def initial_dtype(leaf: Leaf, given: Given) -> Fate:
     if leaf.value == "float32":
         return Fate("here", "weights are kept and updated in fp32")
-    return Fate("changed", "there weights were kept in it, too; here they are kept and updated in fp32")
+    return Fate(
+        "changed",
+        "there weights were kept in it, too; here in fp32, unless train.master_dtype is bf16",
+    )
 
 
 def repeat(leaf: Leaf, given: Given) -> Fate:

@@ -1,9 +1,9 @@
 """The parameter table: Mixtral's twelve kinds of parameter, each named once, with its logical dims.
 
-Every checkpoint format, the optimizer's groups and (as they arrive) placements, LoRA targets, quantisation and the
-planner read this table. Names are those of a Hugging Face checkpoint, with the experts of a layer stacked:
-`w13` holds gate (w1) at half 0 and up (w3) at half 1, so that a slice of `ffn` holds matching halves and
-`w13.view(E, 2F, D)` is one grouped product. Rows of q and k are in Hugging Face's half-rotation order.
+Every checkpoint format, placements, LoRA targets, quantisation and the planner read this table. Names are those of a
+Hugging Face checkpoint, with the experts of a layer stacked: `w13` holds gate (w1) at half 0 and up (w3) at half 1, so
+that a slice of `ffn` holds matching halves and `w13.view(E, 2F, D)` is one grouped product. Rows of q and k are in
+Hugging Face's half-rotation order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Kind:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether weight decay applies: everything but the norms."""
+        """Whether it has rows and columns: everything but the norms."""
         return len(self.dims) > 1
 
     @property

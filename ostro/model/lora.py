@@ -42,8 +42,8 @@ class Correction:
             return y + delta
         # As in PEFT what is dropped for A is dropped for the matrix too, as far as DoRA changes its product.
         base = y if dropped is x else ops.linear(dropped, module.weight)  # type: ignore[arg-type]
-        ratio = self.ratio(module).to(y.dtype)
-        return y + (ratio - 1) * base + ratio * delta
+        ratio = self.ratio(module)  # near 1: less 1 first, then rounded to y's dtype
+        return y + (ratio - 1).to(y.dtype) * base + ratio.to(y.dtype) * delta
 
     def ratio(self, module: nn.Module) -> Tensor:
         """Return DoRA's magnitude over the norm of each row of W + scale·B·A, which is taken as a constant [out]."""

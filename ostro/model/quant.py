@@ -140,7 +140,7 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     unit = (padded * (1 / scales)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)
     # To 65,536 steps first, in one rounding (theirs is a fused multiply-add), then to the nearest code.
     step = (((unit + 1) * 0.5).double() * 65535 + 0.5).float().int()
-    dynamic = _dynamic_values()
+    dynamic = dynamic_values(True)
     midpoints = ((dynamic[1:] + dynamic[:-1]) / 2).to(absmax.device)
     codes = torch.bucketize(step * 2 / 65535 - 1, midpoints).to(torch.uint8)
     return codes.flatten()[: len(absmax)], scales, offset
@@ -197,7 +197,7 @@ def _dequantize_absmax(
     rows, blocks = whole[0], whole[1] // BLOCK
     of_whole = scales[..., None].expand(*scales.shape, _ABSMAXES).flatten(-2)[..., : rows * blocks]
     box = of_whole.unflatten(-1, (rows, blocks))[..., first_row:, first_block:]
-    values = _dynamic_values().to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    values = dynamic_values(True).to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
     return values.mul_(box[..., : codes.shape[-2], : codes.shape[-1]]).add_(offsets[..., None, None])
 
 
@@ -215,11 +215,12 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _dynamic_values() -> Tensor:
+def dynamic_values(is_signed: bool) -> Tensor:
     """Return the 256 values of the 8-bit code: seven decades, each in twice the steps of the one below (1511.04561)."""
     decades = []
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        num_steps = 2 ** (exponent + (not is_signed))
+        edges = torch.linspace(0.1, 1, num_steps + 1, dtype=torch.float32, device="cpu")
         decades.append(10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2))
-    positive = torch.cat(decades)
-    return torch.cat((-positive, positive, torch.tensor((0.0, 1.0), device="cpu"))).sort().values
+    positive, ends = torch.cat(decades), torch.tensor((0.0, 1.0), device="cpu")
+    return torch.cat((*([-positive] if is_signed else []), positive, ends)).sort().values

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ostro.model import ops
+from ostro.model.quant import dynamic_values
 
 BLOCK = 256
-_EXPONENTS = 7
 
 
 def num_blocks(columns: int) -> int:
@@ -26,12 +26,7 @@ def num_blocks(columns: int) -> int:
 
 def values(is_signed: bool) -> np.ndarray:
     """Return the 256 numbers that codes stand for, ascending, the largest 1: more of them near 0, in seven decades."""
-    found = [0.0, 1.0]
-    for i in range(_EXPONENTS):
-        bounds = np.linspace(0.1, 1, 2 ** (i + (not is_signed)) + 1)
-        means = (10.0 ** (i + 1 - _EXPONENTS) * (bounds[:-1] + bounds[1:]) / 2).tolist()
-        found += means + ([-mean for mean in means] if is_signed else [])
-    return np.sort(np.array(found, np.float32))
+    return dynamic_values(is_signed).numpy()
 
 
 def _tables(is_signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:

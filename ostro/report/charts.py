@@ -102,7 +102,7 @@ def curves(chart: Chart, rows: list[Row]) -> list[Curve]:
 
 
 def _rows_with(chart: Chart, series: Series, rows: list[Row]) -> list[Row]:
-    found = [row for row in rows if series.key in row]
+    found = [row for row in rows if row.get(series.key) is not None]  # what is not finite is null in JSON
     return [] if chart.only_if_any and not any(row[series.key] for row in found) else found
 
 

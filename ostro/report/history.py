@@ -79,17 +79,15 @@ def headline(rows: list[Row]) -> Row:
     """
     last = rows[-1]
     settled = rows[len(rows) // 2 :]
-    evaluations = [row for row in rows if "eval_loss" in row]
-    best = min(rows, key=lambda row: row["loss"])
-    found = {
-        "step": last["step"],
-        "tokens": last["tokens"],
-        "loss": statistics.fmean(row["loss"] for row in rows[-max(1, len(rows) // 20) :]),
-        "best_loss": best["loss"],
-        "best_loss_step": best["step"],
-    }
+    evaluations = [row for row in rows if row.get("eval_loss") is not None]
+    finite = [row for row in rows if row.get("loss") is not None]
+    found = {"step": last["step"], "tokens": last["tokens"]}
+    if finite:
+        best = min(finite, key=lambda row: row["loss"])
+        found["loss"] = statistics.fmean(row["loss"] for row in finite[-max(1, len(finite) // 20) :])
+        found |= {"best_loss": best["loss"], "best_loss_step": best["step"]}
     for name in ("tokens_per_second", "mfu"):
-        values = [row[name] for row in settled if name in row]
+        values = [row[name] for row in settled if row.get(name) is not None]
         if values:
             found[name] = statistics.median(values)
     if evaluations:

@@ -44,11 +44,12 @@ def picture_of_load(run_dir: Path) -> Path | None:
 def closing_lines(history: History) -> list[str]:
     """Return a run's end as the console tells it."""
     found = history.summary
-    lines = [f"step {found['step']:,}: loss {found['loss']:.4f}, {found['tokens']:,} tokens"]
+    loss = f" loss {found['loss']:.4f}," if "loss" in found else ""
+    lines = [f"step {found['step']:,}:{loss} {found['tokens']:,} tokens"]
     if "best_eval_loss" in found:
         best = f"held out {found['best_eval_loss']:.4f} at best, at step {found['best_eval_step']:,}"
         lines.append(best + f", {found['eval_loss']:.4f} at the end")
-    speed = f"{found['tokens_per_second']:,.0f} tokens/s, {found['mfu']:.0%} of the machine's rate"
+    speed = f"{found.get('tokens_per_second', 0):,.0f} tokens/s, {found.get('mfu', 0):.0%} of the machine's rate"
     if "peak_memory_bytes" in found:
         speed += f", {log.size(found['peak_memory_bytes'])} of memory at most"
     lines.append(speed)

@@ -56,10 +56,10 @@ def load_model(
     if isinstance(opened, lora_run.LoraRun):
         if dtype == "nf4" or (dtype == "auto" and opened.adapter.lora.quantize):
             return _in_four_bits(opened.base(), opened.adapter, device)
-        reader: Reader = Merged(opened.base(), opened.adapter)
+        reader, corrections = opened.base(), opened.adapter
     else:
         reader = opened
-    corrections = None if adapter is None else open_adapter(adapter, reader.model)
+        corrections = None if adapter is None else open_adapter(adapter, reader.model)
     if dtype == "nf4":
         return _in_four_bits(reader, corrections, device)
     wanted = _native(reader, device) if dtype == "auto" else torch_dtype(dtype)
@@ -95,6 +95,8 @@ def _in_four_bits(reader: Reader, adapter: Adapter | None, device: torch.device)
         if reason is not None:
             raise ConfigError(f"dtype nf4 is not for this model: {reason}. Take bf16.")
     settings = adapter.lora if adapter is not None else LoraConfig()
+    if settings.dora:
+        raise ConfigError("dtype nf4 keeps no rows whole, whose norms DoRA asks for: take bf16, which merges it.")
     with torch.device("meta"):
         model = Mixtral(config, compute_dtype=torch.float32 if _is_slow(device) else torch.bfloat16)
         if adapter is not None:

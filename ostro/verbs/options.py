@@ -12,5 +12,5 @@ TokenizerOption = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16, fp32, or nf4: 4 bits.")]
 AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="A folder of PEFT's, or a run directory: merged into the model.")
+    str | None, typer.Option("--adapter", help="A folder of PEFT's, or a LoRA run: goes into the model.")
 ]

@@ -119,6 +119,8 @@ def detect(path: str | Path) -> str:
     path = located(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist: give a checkpoint or a run directory.")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise WeightsError(f"{path} is a LoRA adapter and no model: give the model it is for, and it with --adapter.")
     for name, format in FORMATS.items():
         if format.detect(path):
             return name

@@ -66,13 +66,13 @@ class Adapter:
 
 def open_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     """Read an adapter of `model`: a folder of PEFT's, or a run directory with one, `adapter`, or with checkpoints."""
+    from ostro.weights import lora_run  # which writes adapters, too
+
+    if lora_run.detect(Path(path)):  # its checkpoints may be newer than the folder
+        return lora_run.open_run(Path(path)).adapter
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / CONFIG).is_file():
             return read_peft(folder, model)
-    from ostro.weights import lora_run  # which writes adapters, too
-
-    if lora_run.detect(Path(path)):  # before its end a run has checkpoints alone
-        return lora_run.open_run(Path(path)).adapter
     raise WeightsError(
         f"{path} holds no {CONFIG}, and no folder 'adapter' that does: give the folder that PEFT or a run wrote."
     )

@@ -24,12 +24,14 @@ WHAT = "a LoRA run"
 
 @dataclasses.dataclass(frozen=True)
 class LoraRun:
-    """A checkpoint of a LoRA run: its folder, what it corrects, and how the model under it is opened (`Start`)."""
+    """A checkpoint of a LoRA run: its folder, what it corrects, how the model under it is opened (`Start`), and what
+    the recipe calls that."""
 
     folder: Path
     model: ModelConfig
     adapter: Adapter
     start: Mapping[str, Any]
+    base_name: str | None
 
     def base(self) -> Reader:
         """Open the model that the run started from; WeightsError if it is gone."""
@@ -59,14 +61,15 @@ def open_run(path: Path, step: int | None = None) -> LoraRun:
     try:
         model = ModelConfig.from_fields(state["model"])
         lora = LoraConfig(**{**state["lora"], "targets": tuple(state["lora"]["targets"])})
-        start = {key: state["start"][key] for key in ("path", "seed", "strategy", "upcycle")}
+        start = {key: state["data"]["weights"][key] for key in ("path", "seed", "strategy", "upcycle")}
+        name = state["config"]["weights"]["path"]
     except (ConfigError, TypeError, KeyError) as error:
         raise WeightsError(f"{folder / dcp.STATE} does not say what LoRA it is of ({error}): {dcp.DAMAGED}.") from error
     file = open_tensors(folder, dcp.WEIGHTS_PREFIX)
     wanted = {name: parameter.shape for name, parameter in layout.adapter_table(model, lora).items()}
     match_shapes(str(folder), {name: info.shape for name, info in file.infos.items()}, wanted)
     adapter = Adapter(lora, {name: file.tensor(name) for name in wanted})
-    return LoraRun(folder, model, adapter, start)
+    return LoraRun(folder, model, adapter, start, name)
 
 
 def open_reader(path: Path, hints: Hints = NO_HINTS) -> Reader:
@@ -78,4 +81,4 @@ def open_reader(path: Path, hints: Hints = NO_HINTS) -> Reader:
 def export(path: Path, target: Path) -> None:
     """Write the newest checkpoint of a LoRA run as a folder of PEFT's, in the place of an earlier one."""
     run = open_run(path)
-    write_peft(target, run.adapter, run.model, run.start["path"] or "", replace=True)
+    write_peft(target, run.adapter, run.model, run.base_name or "", replace=True)

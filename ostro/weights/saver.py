@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ostro import errors
-from ostro.errors import Error, TrainError
+from ostro.errors import Error, TrainError, WeightsError
 from ostro.weights import dcp
 from ostro.weights.dcp_file import Stored, brief, write_boxes, write_metadata
 from ostro.weights.folder import not_written, written_beside
@@ -139,7 +139,14 @@ def newest(directory: Path, group: dist.ProcessGroup | None = None) -> Path | No
         return dcp.latest(directory)
 
     def mine() -> set[tuple[int, str]]:
-        return {(step, str(dcp.read_state(folder).get("save", ""))) for step, folder in dcp.steps(directory).items()}
+        found = set()
+        for step, folder in dcp.steps(directory).items():
+            try:
+                found.add((step, str(dcp.read_state(folder).get("save", ""))))
+            except WeightsError:
+                if dcp.is_whole(folder):  # and was not pruned just now
+                    raise
+        return found
 
     common = _together(group, mine, lambda each: [set.intersection(*each)] * len(each))
     return dcp.step_folder(directory, max(common)[0]) if common else None
