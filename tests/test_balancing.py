@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ostro import log, step, train
+from ostro import log, train
+from ostro import step as steps
 from ostro.batch import batch_of
 from ostro.config import Config, load_config
 from ostro.data.prepare import prepare
@@ -226,7 +227,7 @@ def test_no_two_tokens_of_a_training_draw_the_same_number(data: Path, whole: Pat
             return batches[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(step, "batch_of", note)
+            patch.setattr(steps, "batch_of", note)
             for _ in range(3):
                 train.train_step(run)
         draws = torch.cat([one.spans.draws_T for one in batches]).tolist()
