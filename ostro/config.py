@@ -141,8 +141,9 @@ class Config(Section):
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the shipped recipes."""
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.glob("*.yaml"))
+    """Return the names of the shipped recipes: those of a model's family as family/job."""
+    files = [path for path in RECIPES.rglob("*.yaml") if PRESETS not in path.parents]
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in files)
 
 
 def preset_names() -> list[str]:
@@ -166,9 +167,8 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = RECIPES / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
+    if str(name) in recipe_names():
+        return RECIPES / f"{name}.yaml"
     raise ConfigError(
         f"{str(name)!r} is neither a file nor a shipped recipe; recipes: {', '.join(recipe_names())}."
         f"{nearest(str(name), recipe_names())}"

@@ -189,7 +189,7 @@ class Experts(nn.Module):
     def _stack(self, name: str) -> Stack:
         weight = getattr(self, name)
         if self.lora is None:
-            return weight
+            return Corrected(weight, None, None, 1.0) if isinstance(weight, NF4) else weight
         a, b = (getattr(self, f"{name}_{part}", None) for part in (layout.LORA_A, layout.LORA_B))
         return Corrected(weight, a, b, self.lora.scale)
 

@@ -17,6 +17,9 @@ from ostro.model import layout
 from ostro.optim import eight_bits
 from ostro.parallel.schedule import SCHEDULES
 
+# Of a value in 4 bits: the code, and its share of the scale of 64 and of that of 256 such scales.
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+
 # By so much an estimate may be too high or too low.
 UNCERTAIN = 0.15
 
@@ -55,8 +58,9 @@ def estimate(config: Config) -> Estimate:
 def _stage(config: Config, pp_rank: int) -> Estimate:
     """Take the fuller of two moments: all activations are kept, or the last of them is done with."""
     sizes = _Sizes(config, pp_rank)
-    own = sizes.master_bytes * sizes.large + 4 * (sizes.held - sizes.large)
-    averages = _average_bytes(config) * sizes.large + 8 * (sizes.held - sizes.large)
+    small = sizes.held - sizes.large
+    own = sizes.master_bytes * sizes.large + 4 * (small + sizes.low) + int(_NF4_BYTES * sizes.quantized)
+    averages = _average_bytes(config) * sizes.low if config.lora else _average_bytes(config) * sizes.large + 8 * small
     kept, working = sizes.activations()
     full = Estimate(own, sizes.gradients(before_last=True), int(averages), sizes.gathered(), kept + working)
     done = Estimate(own, sizes.gradients(before_last=False), int(averages), sizes.gathered(), working)
@@ -83,19 +87,31 @@ class _Sizes:
         self.is_last = pp_rank == self.degrees.pp - 1
         self.dtype_bytes = 4 if config.train.dtype == "fp32" else 2
         self.master_bytes = 2 if config.train.master_dtype == "bf16" else 4
+        if config.lora is not None:  # what it leaves is held as it is computed with
+            self.master_bytes = self.dtype_bytes
         rows = config.train.global_batch_sequences // (self.degrees.dp * self.degrees.fsdp)
         self.num_rows = max(1, min(config.train.micro_batch_sequences, rows))
         self.num_micro = -(-max(1, rows) // self.num_rows)
-        rank = pp_rank * (self.degrees.num_ranks // self.degrees.pp)
         self.held = self.large = 0  # of all parameters and of all but norms and routers, on this rank
         self.sharded = self.whole = 0  # large ones, as tp and ep leave them: cut further by fsdp, or not
         self.group = self.root = 0  # of one layer's, sharded; of embedding and head, sharded
         self.layer_experts = 0
+        self.quantized = 0  # in 4 bits: cut by tp and ep alone
+        self._add_parameters(pp_rank * (self.degrees.num_ranks // self.degrees.pp))
+        adapters = layout.adapter_table(self.model, config.lora and config.lora.settings()).values()
+        self.low = sum(prod(self.degrees.part(p.kind.dims, p.shape)) for p in adapters if self._is_here(p))
+
+    def _add_parameters(self, rank: int) -> None:
+        lora = self.config.lora
         for p in layout.parameters(self.model):
             if not self._is_here(p):
                 continue
+            part = prod(self.degrees.part(p.kind.dims, p.shape))
+            if lora and lora.quantize and p.kind in layout.QUANTIZED:
+                self.quantized += part
+                continue
             box = self.degrees.box(rank, p.kind.dims, p.shape, None)
-            held, part = prod(box[1]) if box else 0, prod(self.degrees.part(p.kind.dims, p.shape))
+            held = prod(box[1]) if box else 0
             self.held += held
             if p.kind.is_small:
                 continue
@@ -111,7 +127,7 @@ class _Sizes:
     def _is_here(self, p: layout.Parameter) -> bool:
         if p.layer is not None:
             return p.layer in self.layers
-        is_embedding = p.kind is layout.EMBEDDING
+        is_embedding = p.name.startswith(layout.EMBEDDING.name.removesuffix("weight"))
         return (is_embedding and self.pp_rank == 0) or (
             self.is_last and (not is_embedding or self.model.tie_word_embeddings)
         )
@@ -125,6 +141,8 @@ class _Sizes:
 
         The last micro-batch's backward pass reduces them, or makes them first where there is one only.
         """
+        if self.config.lora is not None:  # they are whole, and summed beside autograd
+            return 4 * self.low * (not before_last or self.num_micro > 1)
         shards, own = self.held - self.whole, self.master_bytes
         waiting = 4 * self.sharded if self.accumulates else self.dtype_bytes * 2 * self.group
         if before_last:
@@ -140,8 +158,9 @@ class _Sizes:
         else:
             in_use = self.root + 2 * together * self.group if self.sharded else 0
         cast = self.whole if self.num_micro > 1 or self.config.train.recompute == "none" else self.layer_experts
-        is_cast = self.dtype_bytes < self.master_bytes
-        return self.dtype_bytes * in_use + (self.dtype_bytes * cast if is_cast else 0)
+        if self.dtype_bytes >= self.master_bytes:
+            cast = self.low if self.dtype_bytes < 4 else 0
+        return self.dtype_bytes * (in_use + cast)
 
     def activations(self) -> tuple[int, int]:
         """What is kept for backward passes, and what one layer's or the loss's backward takes beside it."""
@@ -181,16 +200,22 @@ class _Sizes:
     def _working_bytes(self) -> int:
         """One layer's backward: gradients of rows on their way, and of its experts before they are handed on."""
         model, (_, between, rows) = self.model, self._tokens
-        on_the_way = 2 * rows * model.hidden_size + 2 * rows // model.num_local_experts * model.intermediate_size * 3
-        unreduced = self.layer_experts * (self.dtype_bytes + (4 if self.dtype_bytes < 4 and not self.group else 0))
-        return self.dtype_bytes * (on_the_way + 4 * between * model.hidden_size) + unreduced
+        of_expert = rows * self.degrees.ep // model.num_local_experts
+        on_the_way = 2 * rows * model.hidden_size + 6 * of_expert * model.intermediate_size
+        rows_bytes = self.dtype_bytes * (on_the_way + 4 * between * model.hidden_size)
+        if self.config.lora is not None:  # no gradients of theirs; of those in 4 bits one is made at a time
+            one = 2 * model.intermediate_size // self.degrees.etp * model.hidden_size
+            return rows_bytes + self.dtype_bytes * one * (self.quantized > 0)
+        return rows_bytes + self.layer_experts * (
+            self.dtype_bytes + (4 if self.dtype_bytes < 4 and not self.group else 0)
+        )
 
     def _loss_bytes(self) -> int:
         model, (seen, between, _) = self.model, self._tokens
         cut = 1 if self.degrees.vocab_emb_dp else self.degrees.tp
         tokens, words = (between if self.degrees.vocab_emb_dp else seen), model.vocab_size // cut
         chunk = min(tokens, 2048) * words
-        head = words * model.hidden_size
+        head = words * model.hidden_size * (self.config.lora is None)
         return chunk * (2 * self.dtype_bytes + 4) + 4 * head + 2 * tokens * model.hidden_size * self.dtype_bytes
 
     def _layers_in_flight(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ostro import device as devices
+from ostro.config import load_config, recipe_names
 from ostro.data.tokenizer import Tokenizer, load_tokenizer
 from ostro.errors import ConfigError, WeightsError, nearest
 from ostro.model import layout, lora
@@ -21,6 +22,22 @@ from ostro.weights.parts import hold, load_quantized, load_weights
 from ostro.weights.store import CastReader, Reader, load_into
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def checkpoint_of(model: str) -> str:
+    """Return the checkpoint that MODEL means: of a recipe (a shipped name or a YAML file) its weights.path.
+
+    Raises ConfigError where that is null.
+    """
+    path = Path(model)
+    if not (path.is_file() and path.suffix in (".yaml", ".yml")) and (path.exists() or model not in recipe_names()):
+        return model
+    found = load_config(model).weights.path
+    if found is None:
+        raise ConfigError(
+            f"recipe {model} has no weights.path, so there is no model of it yet: name a checkpoint or a run directory."
+        )
+    return found
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Mixtral:

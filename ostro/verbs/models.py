@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ostro.verbs.options import AdapterOption, Dtype, Model, TokenizerOption
+from ostro.verbs.options import AdapterOption, Dtype, ModelOrRecipe, TokenizerOption
 
 if TYPE_CHECKING:
     from ostro.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Model,
+    model: ModelOrRecipe,
     data: Annotated[list[str] | None, typer.Argument(help="Prepared data, or text.")] = None,
     seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
     kind: Annotated[str, typer.Option(help="auto, text or jsonl.")] = "auto",
@@ -37,10 +37,11 @@ def evaluate(
     """Print loss, perplexity, bits per byte and expert load; or what lm-eval's tasks say."""
     from ostro.errors import ConfigError
     from ostro.serve.engine import Engine
-    from ostro.serve.load import load_model, tokenizer_of
+    from ostro.serve.load import checkpoint_of, load_model, tokenizer_of
 
     if bool(data) == bool(tasks):
         raise ConfigError("name data to score or --tasks: ostro evaluate MODEL FILE, or MODEL --tasks hellaswag.")
+    model = checkpoint_of(model)
     words = tokenizer_of(model, tokenizer)
     if data:
         _evaluate_data(load_model(model, dtype, adapter=adapter), words, data, seq_length, kind)
@@ -95,7 +96,7 @@ def _evaluate_data(loaded: Mixtral, words: Tokenizer, data: list[str], seq_lengt
 
 
 def routing(
-    model: Model,
+    model: ModelOrRecipe,
     data: Annotated[list[str], typer.Argument(help="Prepared data, or text; each is a domain.")],
     out: Annotated[Path, typer.Option(help="The folder for tables, figures and the page.")],
     seq_length: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
@@ -112,9 +113,10 @@ def routing(
     from ostro import log
     from ostro.report import routing as analysis
     from ostro.report.routing_page import console_tables, draw_routing, write_routing_page
-    from ostro.serve.load import load_model, tokenizer_of
+    from ostro.serve.load import checkpoint_of, load_model, tokenizer_of
 
     _require_folder(out)
+    model = checkpoint_of(model)
     loaded = load_model(model, dtype)
     words = tokenizer_of(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +149,7 @@ def _require_folder(out: Path) -> None:
 
 
 def generate(
-    model: Model,
+    model: ModelOrRecipe,
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to complete.")] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="A file with a prompt a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON Lines here instead of printing.")] = None,
@@ -166,7 +168,7 @@ def generate(
     """Complete prompts; one alone is streamed."""
     from ostro.errors import RequestError
     from ostro.serve.engine import Engine
-    from ostro.serve.load import load_model, tokenizer_of
+    from ostro.serve.load import checkpoint_of, load_model, tokenizer_of
     from ostro.serve.sampling import Sampling
 
     texts = list(prompts or []) + (_read_prompts(prompts_file) if prompts_file else [])
@@ -175,6 +177,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
     if out is not None and (not out.parent.is_dir() or (out.exists() and not out.is_file())):
         raise RequestError(f"--out {out} cannot be written: name a file in a folder that exists.")
+    model = checkpoint_of(model)
     engine = Engine(load_model(model, dtype, adapter=adapter), tokenizer_of(model, tokenizer))
     if len(texts) == 1 and out is None:
         _stream(engine, texts[0], sampling)
@@ -183,7 +186,7 @@ def generate(
 
 
 def chat(
-    model: Model,
+    model: ModelOrRecipe,
     adapter: AdapterOption = None,
     system: Annotated[str, typer.Option(help="A system prompt.")] = "",
     template: Annotated[str, typer.Option(help="auto, mistral-v1, mistral-v3, vicuna or tokenizer.")] = "auto",
@@ -202,9 +205,10 @@ def chat(
     """Talk with a model: on a terminal, or a line a turn on stdin."""
     from ostro.serve.chat import Dialogue, converse, template_for
     from ostro.serve.engine import Engine
-    from ostro.serve.load import load_model, tokenizer_of
+    from ostro.serve.load import checkpoint_of, load_model, tokenizer_of
     from ostro.serve.sampling import Sampling
 
+    model = checkpoint_of(model)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
     prompts = None if prompts_file is None else _read_prompts(prompts_file)
     words = tokenizer_of(model, tokenizer)

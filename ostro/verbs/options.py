@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(help="A checkpoint of any format, or a run directory.")]
+ModelOrRecipe = Annotated[
+    str, typer.Argument(help="A checkpoint of any format, a run directory, or a recipe with weights.path.")
+]
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="v1, v3, a .model, a tokenizer.json, or a folder.")
 ]

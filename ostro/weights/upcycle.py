@@ -6,7 +6,6 @@ equal and their weights sum to 1, so that, before it is trained, the model compu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ostro.model import layout
 from ostro.model.settings import ModelConfig
 from ostro.weights import hf
 from ostro.weights.hf_config import model_of, read_json
+from ostro.weights.located import located
 from ostro.weights.mapped import TensorFile
 from ostro.weights.store import RandomReader, TensorInfo, Where, match_depth
 from ostro.weights.stored import Source, StoredReader
@@ -36,7 +36,7 @@ def open_upcycled(path: str | Path, model: ModelConfig | None = None, seed: int 
     Without `model` these are Mixtral's: 8, of which each token takes 2. The routers are those that `RandomReader` draws
     with `seed`, in the type of the embedding. Raises WeightsError for anything but a whole dense Mistral.
     """
-    path = Path(os.path.abspath(path))
+    path = located(path)
     found = _dense_fields(path)
     of_experts = model or ModelConfig()
     kept = {name: getattr(of_experts, name) for name in ("num_local_experts", "num_experts_per_tok", "router")}
