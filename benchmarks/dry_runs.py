@@ -19,7 +19,7 @@ from ostro.config import load_config
 from ostro.parallel.counting import CATEGORIES
 from ostro.parallel.memory import estimate
 
-LAYOUTS = ("seed-4k", "seed-4k-ep8", "seed-32k", "h100-64", "h100-1024")
+LAYOUTS = tuple(f"mixtral-8x7b/pretrain-{name}" for name in ("16", "16-ep8", "32k", "64", "1024"))
 BEGIN, END = "<!-- dry runs: written by benchmarks/dry_runs.py -->", "<!-- end of the dry runs -->"
 
 

@@ -2,9 +2,8 @@
 
     python benchmarks/recipes.py --write
 
-For each job and each size of a device's memory it looks for the layout of fewest devices that fits: what arithmetic lets
-pass is dry-run, one after another. `--recipe NAME`
-takes one recipe alone.
+For each job and each size of a device's memory it looks for the layout of fewest devices that fits: what arithmetic
+lets pass is dry-run, one after another. `--recipe NAME` takes one recipe alone.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from ostro import plan
 from ostro.config import RECIPES, Config, load_config, recipe_names
 from ostro.parallel.memory import UNCERTAIN, estimate
+from ostro.sections import Data, Optim
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh.md")
@@ -57,14 +57,17 @@ JOBS = (
 
 def brief(config: Config) -> Config:
     """Return it with no more micro-batches than it takes until as much is held as ever is."""
-    parallel, train = config.parallel, config.train
+    parallel, train, optim = config.parallel, config.train, config.optim
     each = train.micro_batch_sequences * parallel.dp * parallel.fsdp
     batch = min(train.global_batch_sequences, each * 2 * parallel.pp)
-    return config.model_copy(
-        update={
-            "train": train.model_copy(update={"global_batch_sequences": batch}),
-            "parallel": parallel.model_copy(update={"micro_batch_num": None}),
-        }
+    # Of the rest only what changes memory is kept, so that recipes that are alike in it are run once.
+    return Config(
+        model=config.model,
+        data=Data(seq_length=config.data.seq_length),
+        train=train.model_copy(update={"global_batch_sequences": batch, "steps": 1, "epochs": 1.0}),
+        optim=Optim(state_dtype=optim.state_dtype, offload=optim.offload),
+        lora=config.lora,
+        parallel=parallel.model_copy(update={"micro_batch_num": None}),
     )
 
 
@@ -74,13 +77,13 @@ class Found:
     def __init__(self) -> None:
         self._bytes: dict[str, int] = {}
 
-    def fills(self, config: Config) -> int:
+    def fills(self, name: str, config: Config) -> int:
         config = brief(config)
         key = config.as_yaml()
         if key not in self._bytes:
             start = time.perf_counter()
             self._bytes[key] = max(run.peak_bytes for run in plan.dry_runs(config, plan.end_ranks(config)))
-            told = f"{config.run.dir} on {config.parallel.degrees().num_ranks}: {self._bytes[key] / 1e9:.1f} GB"
+            told = f"{name} on {config.parallel.degrees().num_ranks}: {self._bytes[key] / 1e9:.1f} GB"
             print(
                 f"{told}, arithmetic {estimate(config).total / 1e9:.1f} GB ({time.perf_counter() - start:.0f} s)",
                 flush=True,
@@ -95,7 +98,7 @@ def cell(job: Job, limit: float, found: Found) -> str:
     for config in sorted(configs, key=lambda each: each.parallel.degrees().num_ranks):
         if estimate(config).total * (1 - UNCERTAIN) > limit:
             continue
-        filled = found.fills(config)
+        filled = found.fills(job.recipe, config)
         if filled <= limit:
             return f"{config.parallel.degrees().num_ranks} ({filled / 1e9:.1f} GB)"
     return "—"
@@ -121,7 +124,7 @@ def first_line(name: str, found: Found) -> None:
     """Write into a recipe's first line what a dry run of it fills."""
     file = RECIPES / f"{name}.yaml"
     if FILLS.search(file.read_text("utf-8")):
-        filled = f"{found.fills(load_config(name)) / 1e9:#.3g}"
+        filled = f"{found.fills(name, load_config(name)) / 1e9:#.3g}"
         file.write_text(FILLS.sub(filled, file.read_text("utf-8"), count=1), "utf-8")
 
 
@@ -136,7 +139,7 @@ def main() -> None:
         if options.write:
             first_line(name, found)
         elif FILLS.search((RECIPES / f"{name}.yaml").read_text("utf-8")):
-            found.fills(load_config(name))
+            found.fills(name, load_config(name))
     for file, table in ({} if options.recipe else tables(found)).items():
         print(table)
         if options.write:

@@ -108,7 +108,7 @@ def shrunken(name: str, run_dir: Path, **parallel: int) -> Config:
     model = fields["model"] if isinstance(fields["model"], dict) else {"preset": fields["model"]}
     fields["model"] = model | SIZES
     fields["parallel"] = parallel
-    fields["data"] |= {"path": ["chats"], "seq_length": 64}
+    fields["data"] |= {"path": ["chats"], "seq_length": 32}
     fields["train"] |= {"steps": 1, "global_batch_sequences": 2, "micro_batch_sequences": 1}
     fields["run"] |= {"dir": str(run_dir)}
     return build_config(fields, lines)

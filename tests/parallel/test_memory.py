@@ -22,6 +22,11 @@ LAYOUTS = {
     "fsdp · ep": "parallel.fsdp=16 parallel.ep=8 train.global_batch_sequences=16 model.num_hidden_layers=4",
     "fsdp · selective · accumulation": "parallel.fsdp=8 train.recompute=selective train.global_batch_sequences=16 "
     "model.num_hidden_layers=4",
+    "QLoRA": "lora.quantize=nf4 train.recompute=full train.global_batch_sequences=2 model.num_hidden_layers=2",
+    "LoRA · fsdp": "lora.rank=16 parallel.fsdp=2 train.recompute=full train.global_batch_sequences=4 "
+    "model.num_hidden_layers=2",
+    "LoRA · fsdp · ep · selective": "lora.rank=64 parallel.fsdp=8 parallel.ep=8 train.recompute=selective "
+    "train.global_batch_sequences=8 model.num_hidden_layers=2",
     "fsdp · ep · interleaved": "parallel.fsdp=8 parallel.ep=8 parallel.pp=2 parallel.schedule=interleaved "
     "parallel.virtual_stages=2 train.global_batch_sequences=32 model.num_hidden_layers=4",
 }
