@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ _MAX_STEPS = 1200
 # The run is cut into this many stretches with a checkpoint after each, and killed in the middle of the ninth.
 _STRETCHES = 16
 _KILLED_AFTER = 8
-_SEQ_LENGTH = 256
+SEQ_LENGTH = 256
 _HELD_OUT_BYTES = 180_000
 _PROMPTS = ("import os\n", "def read(self, ", "class Error(", "    if not isinstance(", "    for name in ", "    # ")
 _COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_green")
@@ -72,6 +72,7 @@ class Baselines:
 class Summary:
     """What the demo found, as its last page shows it."""
 
+    num_tokens: int
     steps: int
     train_seconds: float
     last: dict[str, float]
@@ -80,35 +81,34 @@ class Summary:
     digest: str
     undisturbed_digest: str
     seconds: float
-    peak_memory_bytes: int
 
 
-def demo(folder: Path, total_steps: int | None = None) -> Summary:
-    """Run everything into `folder` and return what the last page shows; takes about two minutes on two cores.
+def first_act(folder: Path, total_steps: int | None = None) -> Summary:
+    """Run everything into `folder` and return what `page` shows; takes about two minutes on two cores.
 
     The number of training steps follows from this machine's rate unless given (a multiple of 16, at least 32).
     """
     start = time.monotonic()
     _clear(folder)
     tokenizer = load_tokenizer("v1")
-    _title(1, "prepare: the standard library's own source, with the real Mixtral tokenizer")
+    title(1, "prepare: the standard library's own source, with the real Mixtral tokenizer")
     corpus = _prepare(folder, tokenizer)
     total_steps = total_steps or _num_steps()
-    _title(2, f"train a Mixtral of 8 experts for {total_steps} steps; it is killed on the way and resumed")
+    title(2, f"train a Mixtral of 8 experts for {total_steps} steps; it is killed on the way and resumed")
     training = time.monotonic()
     undisturbed, digest = _train(folder, total_steps)
     train_seconds = time.monotonic() - training
-    _title(3, "evaluate on files it has not seen")
+    title(3, "evaluate on files it has not seen")
     run_dir = folder / "run"
     model = load_model(run_dir)
-    evaluation = evaluate(model, [corpus.held_out], _SEQ_LENGTH)
+    evaluation = evaluate(model, [corpus.held_out], SEQ_LENGTH)
     baselines = _baselines(corpus)
     rich.print(f"{evaluation.bits_per_byte:.3f} bits per byte; counting single tokens gives {baselines.unigram:.3f}")
-    _title(4, "export to Hugging Face's format, load it back, compare")
+    title(4, "export to Hugging Face's format, load it back, compare")
     exported = folder / "hf"
     weights.convert(run_dir, exported, to="hf", tokenizer=tokenizer.save)
-    _require_equal(run_dir, exported)
-    _title(5, "write: each colour is the expert of the last layer that wrote the token")
+    require_equal(run_dir, exported)
+    title(5, "write: each colour is the expert of the last layer that wrote the token")
     _write(Engine(load_model(exported), load_tokenizer(exported)))
     rows = log.read_metrics(run_dir / "metrics.jsonl")
     nats_a_bit_a_byte = math.log(2) * evaluation.num_bytes / evaluation.num_tokens
@@ -117,7 +117,8 @@ def demo(folder: Path, total_steps: int | None = None) -> Summary:
         "held out, this model at the end": evaluation.loss,
     }
     draw_run(run_dir, folder / "demo.png", references=references)
-    summary = Summary(
+    return Summary(
+        num_tokens=corpus.train.num_tokens,
         steps=total_steps,
         train_seconds=train_seconds,
         last=rows[-1],
@@ -126,13 +127,11 @@ def demo(folder: Path, total_steps: int | None = None) -> Summary:
         digest=digest,
         undisturbed_digest=undisturbed,
         seconds=time.monotonic() - start,
-        peak_memory_bytes=_peak_memory_bytes(),
     )
-    _page(folder, corpus, summary)
-    return summary
 
 
-def _title(number: int, text: str) -> None:
+def title(number: int, text: str) -> None:
+    """Print what comes next."""
     rich.print(f"\n[bold]{number}. {text}[/]")
 
 
@@ -153,9 +152,14 @@ class Corpus:
     held_out_bytes: bytes
 
 
+def library() -> Path:
+    """Return the folder of the standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
 def _sources() -> Iterator[Path]:
     """Yield the standard library's modules that are UTF-8 and not empty; tests and generated tables are left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = library()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if _LEFT_OUT & set(parts[:-1]):
@@ -167,20 +171,27 @@ def _sources() -> Iterator[Path]:
             continue
 
 
+def split() -> tuple[list[Path], list[Path], list[Path]]:
+    """Return the files to learn from, a twentieth to be scored on, and a tenth that the second act asks about.
+
+    By a hash of a file's name, so that the same are held out on every machine with this Python.
+    """
+    train, scored, asked, num_scored_bytes = [], [], [], 0
+    for path in _sources():
+        share, num_bytes = hashlib.sha256(path.name.encode()).digest()[0] / 256, path.stat().st_size
+        if share < 0.047 and num_scored_bytes + num_bytes <= _HELD_OUT_BYTES:
+            scored.append(path)
+            num_scored_bytes += num_bytes
+        else:
+            (asked if share > 0.9 else train).append(path)
+    if not train or not scored or not asked:
+        raise DataError("this Python has no standard library source to learn from: run the demo with another one.")
+    return train, scored, asked
+
+
 def _prepare(folder: Path, tokenizer: Tokenizer) -> Corpus:
     start = time.monotonic()
-    train, held_out, held_out_bytes = [], [], b""
-    for path in _sources():
-        # By a hash of its name, so that the same files are held out on every machine with this Python.
-        is_twentieth = hashlib.sha256(path.name.encode()).digest()[0] < 256 // 20
-        content = path.read_bytes()
-        if is_twentieth and len(held_out_bytes) + len(content) <= _HELD_OUT_BYTES:
-            held_out.append(path)
-            held_out_bytes += content
-        else:
-            train.append(path)
-    if not train or not held_out:
-        raise DataError("this Python has no standard library source to learn from: run the demo with another one.")
+    train, held_out, _ = split()
     for paths, name in ((train, "train"), (held_out, "held_out")):
         prepare(paths, folder / "data" / name, tokenizer=tokenizer, settings=Settings("text"))
     opened = [token_shards.open_shards(folder / "data" / name) for name in ("train", "held_out")]
@@ -188,13 +199,13 @@ def _prepare(folder: Path, tokenizer: Tokenizer) -> Corpus:
         f"{len(train)} files, {opened[0].num_tokens:,} tokens for training; {len(held_out)} files, "
         f"{opened[1].num_tokens:,} tokens held out; {time.monotonic() - start:.1f} s"
     )
-    return Corpus(opened[0], opened[1], held_out_bytes)
+    return Corpus(opened[0], opened[1], b"".join(path.read_bytes() for path in held_out))
 
 
 def _num_steps() -> int:
     """Return as many steps of recipe `tiny` as this machine does in `_TRAIN_SECONDS`."""
     config = load_config("tiny")
-    lengths = [_SEQ_LENGTH] * config.train.global_batch_sequences
+    lengths = [SEQ_LENGTH] * config.train.global_batch_sequences
     rate = device.peak_flops(torch.device("cpu"), torch.float32)
     steps = int(_TRAIN_SECONDS * _SHARE_OF_RATE * rate / layout.training_flops(config.model, lengths))
     return min(_MAX_STEPS, max(2 * _STRETCHES, steps // _STRETCHES * _STRETCHES))
@@ -237,7 +248,7 @@ def _train(folder: Path, total_steps: int) -> tuple[str, str]:
 def _overrides(folder: Path, total_steps: int, stretch: int) -> list[str]:
     return [
         f"data.path={folder / 'data' / 'train'}",
-        f"data.seq_length={_SEQ_LENGTH}",
+        f"data.seq_length={SEQ_LENGTH}",
         f"train.steps={total_steps}",
         f"checkpoint.every={stretch}",
         "checkpoint.async=false",  # the kill falls between two checkpoints, not into the writing of one
@@ -281,7 +292,8 @@ def _baselines(corpus: Corpus) -> Baselines:
     )
 
 
-def _require_equal(a: Path, b: Path) -> None:
+def require_equal(a: Path, b: Path) -> None:
+    """Print that two checkpoints hold the same bits; WeightsError if they do not."""
     result = verify(a, b)
     if not result.is_equal or result.logits != 0:
         raise WeightsError(f"{b} does not hold what {a} holds: please report it.")
@@ -313,41 +325,47 @@ def _peak_memory_bytes() -> int:
     return scale * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def next_commands(folder: Path) -> list[str]:
+def next_commands(folder: Path, has_lesson: bool = False) -> list[str]:
     """Return the commands the last page proposes; a test runs each."""
+    ask = f"""echo "What does textwrap.shorten do?" | ostro chat {folder}/lora --max-new-tokens 60"""
     return [
         f'ostro generate {folder}/hf "import os" --max-new-tokens 60 --temperature 0.8',
-        f"ostro evaluate {folder}/run {folder}/data/held_out --seq-length {_SEQ_LENGTH}",
+        f"ostro evaluate {folder}/run {folder}/data/held_out --seq-length {SEQ_LENGTH}",
         f"ostro verify {folder}/run {folder}/hf",
         f"ostro train tiny data.path={folder}/data/train train.steps=2 model.num_hidden_layers=2 run.dir={folder}-mine",
         "ostro recipes ls",
+        *([ask] if has_lesson else []),
     ]
 
 
-def _page(folder: Path, corpus: Corpus, summary: Summary) -> None:
+def page(folder: Path, summary: Summary, lesson: Mapping[str, str] | None = None, seconds: float = 0.0) -> None:
+    """Print the last page, what the second act found in a section of its own, and what to do next.
+
+    `seconds` are those of the second act.
+    """
     last, found, base = summary.last, summary.evaluation, summary.baselines
+    share, counted = found.bits_per_byte / base.unigram, f"unigram {base.unigram:.3f}, bigram {base.bigram:.3f}"
+    first = {
+        "text": f"{summary.num_tokens:,} tokens of the standard library, {found.num_tokens:,} held out",
+        "training": f"{summary.steps} steps, {last['tokens']:,} tokens, {summary.train_seconds:.0f} s with the kill",
+        "speed": f"{last['tokens_per_second']:,.0f} tokens/s, {last['mfu']:.0%} of this machine's matrix rate",
+        "resumed": f"same weights, bit for bit: {summary.digest[:16]}… = {summary.undisturbed_digest[:16]}…",
+        "bits per byte": f"[bold]{found.bits_per_byte:.3f}[/], {share:.0%} of the unigram's",
+        "counted": f"{counted}, over all training text; gzip -9 {base.gzip:.3f}",
+        "expert load": f"{max(max(loads) for loads in found.expert_load):.0%} at most, an even share is 12.5%",
+        "export": f"{folder / 'hf'}: equal to the run, ready for transformers",
+        "picture": f"{folder / 'demo.png'}",
+    }
+    total = summary.seconds + seconds
+    end = {"all of it": f"{total:.0f} s, {_peak_memory_bytes() / 1e9:.1f} GB of memory at most"}
     table = Table.grid(padding=(0, 2))
-    for name, value in (
-        ("text", f"{corpus.train.num_tokens:,} tokens of the standard library, {found.num_tokens:,} held out"),
-        ("training", f"{summary.steps} steps, {last['tokens']:,} tokens, {summary.train_seconds:.0f} s with the kill"),
-        ("speed", f"{last['tokens_per_second']:,.0f} tokens/s, {last['mfu']:.0%} of this machine's matrix rate"),
-        ("resumed", f"same weights, bit for bit: {summary.digest[:16]}… = {summary.undisturbed_digest[:16]}…"),
-        (
-            "bits per byte",
-            f"[bold]{found.bits_per_byte:.3f}[/], {found.bits_per_byte / base.unigram:.0%} of the unigram's",
-        ),
-        (
-            "counted",
-            f"unigram {base.unigram:.3f}, bigram {base.bigram:.3f}, over all training text; gzip -9 {base.gzip:.3f}",
-        ),
-        ("expert load", f"{max(max(loads) for loads in found.expert_load):.0%} at most, an even share is 12.5%"),
-        ("export", f"{folder / 'hf'}: equal to the run, ready for transformers"),
-        ("picture", f"{folder / 'demo.png'}"),
-        ("all of it", f"{summary.seconds:.0f} s, {summary.peak_memory_bytes / 1e9:.1f} GB of memory at most"),
-    ):
-        table.add_row(Text(name, style="dim"), value)
+    for section in filter(None, (first, lesson, end)):
+        if section is lesson:
+            table.add_row()
+        for name, value in section.items():
+            table.add_row(Text(name, style="dim"), value)
     rich.print()
     rich.print(Panel(table, title="ostro demo", expand=False))
     rich.print("next:" if shutil.which("ostro") else "next, with this Python's folder of commands on your PATH:")
-    for command in next_commands(folder):
+    for command in next_commands(folder, has_lesson=lesson is not None):
         print(f"  {command}")

@@ -21,6 +21,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("verbs",),
+    ("demo_lora",),
     ("demo",),
     ("doctor", "plan", "conversion", "migrate", "preparation", "training"),
     ("train",),

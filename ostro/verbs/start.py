@@ -10,11 +10,18 @@ import typer
 
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Where everything is written.")] = Path("runs/demo"),
+    *,
+    short: Annotated[bool, typer.Option("--short", help="Without the second act, fine-tuning with LoRA.")] = False,
 ) -> None:
     """Run the main job end to end on the Python standard library's own text; nothing is downloaded."""
-    from ostro.demo import demo as run_demo
+    from ostro.demo import first_act, page
+    from ostro.demo_lora import second_act
 
-    run_demo(directory)
+    summary = first_act(directory)
+    if short:
+        return page(directory, summary)
+    lesson = second_act(directory)
+    return page(directory, summary, lesson.rows(directory), lesson.seconds)
 
 
 def doctor() -> None:
