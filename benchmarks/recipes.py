@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import time
 from pathlib import Path
@@ -133,14 +134,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="into the READMEs and the recipes")
     parser.add_argument("--recipe", action="append", help="only these, and only their first lines")
+    parser.add_argument("--quick", action="store_true", help="only the smallest real one, mixtral-8x7b/qlora")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the tables here, as text by file")
     options = parser.parse_args()
+    if options.quick:
+        options.recipe = ["mixtral-8x7b/qlora"]
     found = Found()
     for name in options.recipe or recipe_names():
         if options.write:
             first_line(name, found)
         elif FILLS.search((RECIPES / f"{name}.yaml").read_text("utf-8")):
             found.fills(name, load_config(name))
-    for file, table in ({} if options.recipe else tables(found)).items():
+    made = {} if options.recipe else tables(found)
+    if options.json:
+        options.json.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    for file, table in made.items():
         print(table)
         if options.write:
             before, _, rest = (ROOT / file).read_text("utf-8").partition(BEGIN)
