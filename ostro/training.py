@@ -32,7 +32,8 @@ def train_here(config: Config, echo: Callable[[str], object]) -> int | None:
 def _say(outcome: Outcome, echo: Callable[[str], object]) -> None:
     if outcome.last:
         try:
-            history = write_report(outcome.run_dir, device.peak_memory_bytes(device.accelerator()))
+            memory = device.peak_memory_bytes(device.accelerator())
+            history = write_report(outcome.run_dir, memory, least_rows=10)  # fewer make no picture
             echo("\n".join(closing_lines(history)))
         except (Error, OSError) as error:  # the run is whole without it
             echo(f"the report could not be written: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class History:
     samples: list[Row]
     spikes: list[Row]
 
-    @property
+    @functools.cached_property
     def model(self) -> Row:
         """What the config says of the model; empty where the run directory has no config."""
         return (yaml.safe_load(self.config) or {}).get("model", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from ostro import log
@@ -10,20 +11,24 @@ from ostro.report.history import History, read_history
 from ostro.report.page import write_page
 from ostro.report.pictures import draw_report
 
+_SECONDS = 30  # between pages of a run that goes on
 
-def write_report(run_dir: Path, peak_memory_bytes: int | None = None) -> History:
-    """Write report.html, summary.json and report/*.png into a run directory; return what they show.
 
-    Raises DataError where no step was made or a file of the run is damaged.
+def write_report(run_dir: Path, peak_memory_bytes: int | None = None, *, least_rows: int = 1) -> History:
+    """Write report.html, summary.json and, of at least so many rows, report/*.png into a run directory.
+
+    Returns what they show. Raises DataError where no step was made or a file of the run is damaged.
     """
     history = write_page(run_dir, peak_memory_bytes)
-    draw_report(history)
+    if history.num_rows >= least_rows:
+        draw_report(history)
     return history
 
 
 def refresh_page(run_dir: Path, peak_memory_bytes: int) -> None:
-    """Write the page of a run that goes on, on rank 0; what is wrong with it is said and ends nothing."""
-    if log.is_main_rank():
+    """Write the page of a run that goes on, on rank 0, unless it was just now; a fault is said and ends nothing."""
+    page = run_dir / "report.html"
+    if log.is_main_rank() and not (page.exists() and time.time() - page.stat().st_mtime < _SECONDS):
         try:
             write_page(run_dir, peak_memory_bytes)
         except (Error, OSError) as error:

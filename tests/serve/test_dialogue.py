@@ -203,7 +203,7 @@ class Terminal:
             os.execvpe(command[0], command, env)
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 60) -> str:
+    def until(self, text: str, seconds: float = 150) -> str:
         """Return what comes up to `text`, and forget it."""
         end = time.monotonic() + seconds
         while text not in self.seen:
