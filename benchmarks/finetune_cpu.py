@@ -2,7 +2,7 @@
 
 Shapes, precision, AdamW and clipping are the same; LoRA is of rank 16 on attention and experts. Contenders take turns,
 each turn a process of its own, so that its memory is its own: the peak, and what of it is above the process before the
-model. peft has no 4-bit contender: bitsandbytes replaces linear modules, and transformers' experts are none.
+model. There is no 4-bit contender: bitsandbytes holds stacked experts in 4 bits, but peft 0.21 cannot train over them.
 
     python benchmarks/finetune_cpu.py [--quick] [--json FILE]
     python benchmarks/finetune_cpu.py --real-layers     # QLoRA over two layers of 8x7B, beside what a dry run says
