@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,8 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("sample data and recorded results lie in a folder 'shared' beside the checkout; it is not here")
     return folder
+
+
+# A shell that starts us in the background has SIGINT ignored, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
