@@ -17,8 +17,9 @@ from ostro.model.quant import NF4
 
 
 def matrix(weight: Tensor | NF4, stack: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return one matrix of a stack, in `dtype`: made anew where it is kept in 4 bits, so it is not to be kept."""
-    return weight.dequantize(stack, dtype) if isinstance(weight, NF4) else ops.cast(weight, dtype)[stack]
+    """Return one matrix of a stack, in `dtype`, for a product at once: of one in 4 bits the next is written over it."""
+    is_nf4 = isinstance(weight, NF4)
+    return weight.dequantize(stack, dtype, passing=True) if is_nf4 else ops.cast(weight, dtype)[stack]
 
 
 def linear(x: Tensor, weight: Tensor | NF4) -> Tensor:
@@ -76,7 +77,10 @@ def expert_linear(x_ND: Tensor, stack: Stack, expert: int, half: tuple[int, ...]
     """Return one expert's product as the oracle has it: W·x, then scale·B·A·x."""
     if isinstance(stack, Tensor):
         return ops.linear(x_ND, stack[(expert, *half)])
-    y = linear(x_ND, matrix(stack.weight, (expert, *half), x_ND.dtype))
+    weight, where = stack.weight, (expert, *half)
+    # Not a passing one: autograd keeps it.
+    kept = weight.dequantize(where, x_ND.dtype) if isinstance(weight, NF4) else ops.cast(weight, x_ND.dtype)[where]
+    y = linear(x_ND, kept)
     if stack.a is None or stack.b is None:
         return y
     return y + low_rank(x_ND, stack.a[expert], stack.b[(expert, *half)], stack.scale)

@@ -96,10 +96,17 @@ class NF4(nn.Module):
         self.scales[stack] = scales
         self.offsets[stack] = offset
 
-    def dequantize(self, stack: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return what is held of one matrix, or, where `stack` is shorter than the leading dims, of a stack of them."""
+    def dequantize(self, stack: tuple[int, ...], dtype: torch.dtype, *, passing: bool = False) -> Tensor:
+        """Return what is held of one matrix, or, where `stack` is shorter than the leading dims, of a stack of them.
+
+        `passing` ones are for a product at once: on a CPU the next one is written over them. Blocks of a quarter of a
+        gigabyte that come and go leave a heap in pieces, which grew by gigabytes a step.
+        """
         held = (self.codes[stack], self.absmax_codes[stack], self.scales[stack], self.offsets[stack])
-        return _dequantize(*held, [*self._whole], self._first_row, self._first_block, dtype)
+        shape = torch.Size((*held[0].shape[:-1], self.shape[-1]))
+        out = _passing(self.codes, shape, dtype) if passing else self.codes.new_empty(shape, dtype=dtype)
+        _dequantize(*held, [*self._whole], self._first_row, self._first_block, out)
+        return out
 
 
 def _quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +153,7 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.flatten()[: len(absmax)], scales, offset
 
 
-@torch.library.custom_op("ostro::dequantize_nf4", mutates_args=())
+@torch.library.custom_op("ostro::dequantize_nf4", mutates_args=("out",))
 def _dequantize(
     codes: Tensor,
     absmax_codes: Tensor,
@@ -155,11 +162,10 @@ def _dequantize(
     whole: list[int],
     first_row: int,
     first_block: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the values of a stack of matrices; one operator, so that who counts shapes does not see its chunks."""
+    out: Tensor,
+) -> None:
+    """Write the values of a stack of matrices; one operator, so that who counts shapes does not see its chunks."""
     absmax = _dequantize_absmax(absmax_codes, scales, offsets, whole, first_row, first_block).view(-1, 1)
-    out = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype, device=codes.device)
     chunk = min(_CPU_CHUNK if codes.device.type == "cpu" else _CHUNK, out.numel())
     pair = _pairs(codes.device)
     index_of = torch.empty(chunk // 2, dtype=torch.int64, device=codes.device)
@@ -173,7 +179,6 @@ def _dequantize(
         torch.gather(pair.expand(*rows), 1, index.view(rows), out=values.view(torch.float64).view(rows))
         values.view(-1, BLOCK).mul_(absmax_in)
         out_in.copy_(values)
-    return out
 
 
 @_dequantize.register_fake
@@ -185,9 +190,22 @@ def _(
     whole: list[int],
     first_row: int,
     first_block: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
+    out: Tensor,
+) -> None:
+    return None
+
+
+_scratch: dict[torch.dtype, Tensor] = {}
+
+
+def _passing(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return memory of a CPU for a matrix, the same each time and as large as the largest was."""
+    if like.device.type != "cpu" or type(like) is not Tensor:  # a GPU's allocator does this; fake ones have none
+        return like.new_empty(shape, dtype=dtype)
+    held = _scratch.get(dtype)
+    if held is None or held.numel() < shape.numel():
+        held = _scratch[dtype] = torch.empty(shape.numel(), dtype=dtype)
+    return held[: shape.numel()].view(shape)
 
 
 def _dequantize_absmax(
